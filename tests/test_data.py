@@ -1,0 +1,217 @@
+"""Data and scores: what is drawn, what is loaded, and what is said of files that are not what they should be."""
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def says(*parts):
+    """Expect the program to stop with a message of at most two lines that has all these parts."""
+    class Said:
+        def __enter__(self):
+            self.raises = pytest.raises(SystemExit)
+            self.info = self.raises.__enter__()
+
+        def __exit__(self, *error):
+            assert self.raises.__exit__(*error)
+            text = str(self.info.value)
+            assert len(text.splitlines()) <= 2 and all(part in text for part in parts), text
+            return True
+    return Said()
+
+
+# ---- drawing ----------------------------------------------------------------------------------------------
+
+
+def test_noise():
+    z = common.uniform_noise(10_000, 3, rng())
+    assert z.shape == (10_000, 3) and z.min() >= -1 and z.max() <= 1
+    assert abs(float(z.mean())) < 0.02 and float(z.var()) == pytest.approx(1 / 3, abs=0.01)
+    assert float(common.normal_noise(10_000, 3, rng()).std()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(z, common.uniform_noise(10_000, 3, rng())) and not torch.equal(
+        z, common.uniform_noise(10_000, 3, rng(1)))
+
+
+def test_images_are_drawn_whole_and_scaled():
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2) * 28
+    drawn = common.draw_images(images, 500, rng())
+    assert drawn.shape == (500, 3, 2, 2) and drawn.dtype == torch.float32
+    assert set((drawn[:, 0, 0, 0] * 127.5 + 127.5).round().int().tolist()) == set(range(0, 256, 28))
+    assert (drawn == drawn[:, :1, :1, :1]).all()
+    every = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
+    assert torch.equal(common.to_bytes(every.float() / 127.5 - 1), every)
+    assert common.to_bytes(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
+
+
+def test_ring_and_its_modes():
+    centres = common.ring_centres(8, 2.0)
+    assert torch.allclose(centres[0], torch.tensor([0.0, -2.0]), atol=1e-6)
+    assert torch.allclose(centres[2], torch.tensor([2.0, 0.0]), atol=1e-6)
+    x = common.draw_mixture(centres, 0.2, 40_000, rng())
+    modes, share = common.mode_coverage(x, centres, 0.2)
+    assert modes == 8 and share == pytest.approx(1 - np.exp(-4.5), abs=0.002)
+    nearest = torch.cdist(x, centres).argmin(1)
+    assert (torch.bincount(nearest) / 40_000 - 1 / 8).abs().max() < 0.01
+    assert float((x - centres[nearest]).std()) == pytest.approx(0.2, rel=0.02)
+
+
+def test_mode_coverage_by_hand():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0]])
+    y = torch.tensor([[0.0, 0.2]] * 60 + [[10.0, 0.29]] * 35 + [[10.0, 0.31]] * 4 + [[20.0, 0.0]] * 1)
+    assert common.mode_coverage(y, centres, 0.1) == (2, pytest.approx(0.96))
+    assert common.mode_coverage(y, centres, 0.1, least=0.01)[0] == 3
+
+
+# ---- image files ------------------------------------------------------------------------------------------
+
+
+def write(folder, array, name="cifar10-train"):
+    np.save(folder / f"{name}.npy", array)
+    return str(folder / f"{name}.npy")
+
+
+def test_images_are_mapped(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), np.uint8)
+    path = write(tmp_path, array)
+    assert np.array_equal(common.load_images("cifar10", "train", str(tmp_path)).numpy(), array)
+    common.load_images("cifar10", "train", str(tmp_path)).zero_()
+    assert np.array_equal(np.load(path), array)     # the file stays as it is
+
+
+@pytest.mark.parametrize("array, found", [
+    (np.zeros((4, 3, 32, 32), np.float32), "found float32 [4, 3, 32, 32]"),
+    (np.zeros((4, 32, 32, 3), np.uint8), "found uint8 [4, 32, 32, 3]"),
+    (np.zeros((4, 3 * 32 * 32), np.uint8), "found uint8 [4, 3072]"),
+    (np.zeros((1, 3, 32, 32), np.uint8), "found uint8 [1, 3, 32, 32]"),
+])
+def test_wrong_arrays(tmp_path, array, found):
+    write(tmp_path, array)
+    with says("cifar10-train.npy", found, "expected uint8 [N, 3, 32, 32]"):
+        common.load_images("cifar10", "train", str(tmp_path))
+
+
+def test_broken_arrays(tmp_path):
+    path = write(tmp_path, np.zeros((4, 3, 32, 32), np.uint8))
+    for content in (open(path, "rb").read()[:5000], b"", b"no array at all"):
+        open(path, "wb").write(content)
+        with says("cifar10-train.npy", "no whole .npy file", "copy it again"):
+            common.load_images("cifar10", "train", str(tmp_path))
+
+
+class FakeSet:
+    """What torchvision's MNIST and CIFAR10 look like once downloaded."""
+
+    def __init__(self, root, train, download):
+        assert download
+        self.data = torch.arange(6 * 28 * 28).view(6, 28, 28).to(torch.uint8) if "mnist" in root else \
+            np.arange(6 * 32 * 32 * 3).reshape(6, 32, 32, 3).astype(np.uint8)
+        self.targets = [0, 1, 2, 3, 4, int(train)]
+
+
+def test_arrays_are_built_from_torchvision(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "SETS", {name: (FakeSet, shape) for name, (_, shape) in common.SETS.items()})
+    cifar = common.load_images("cifar10", "test", str(tmp_path / "a"))
+    assert torch.equal(cifar, torch.tensor(FakeSet("", False, True).data).permute(0, 3, 1, 2))
+    assert np.load(tmp_path / "a" / "cifar10-test-labels.npy").tolist() == [0, 1, 2, 3, 4, 0]
+    assert common.load_images("mnist", "train", str(tmp_path / "mnist")).shape == (6, 1, 28, 28)
+    assert sorted(os.listdir(tmp_path / "a")) == ["cifar10-test-labels.npy", "cifar10-test.npy"]
+    monkeypatch.setattr(common, "SETS", {})         # and now they are there, nothing is downloaded
+    monkeypatch.setattr(common, "SETS", {"cifar10": (None, (3, 32, 32))})
+    assert torch.equal(common.load_images("cifar10", "test", str(tmp_path / "a")), cifar)
+
+
+def test_download_that_fails(tmp_path, monkeypatch):
+    def offline(root, train, download):
+        raise OSError("no route to host")
+    monkeypatch.setattr(common, "SETS", {"cifar10": (offline, (3, 32, 32))})
+    with says("cifar10-train.npy", "no route to host", "--data"):
+        common.load_images("cifar10", "train", str(tmp_path / "data"))
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_folders_of_images(tmp_path):
+    images = torch.randint(256, (3, 3, 20, 24), generator=rng(), dtype=torch.uint8)
+    for i, image in enumerate(images):
+        common.save_grid(f"{tmp_path}/{i}.png", image[None], 1)
+    read = common.read_images(str(tmp_path))
+    assert torch.equal(read, images)
+    common.save_grid(f"{tmp_path}/4.png", images[:1, :, :9], 1)
+    with says("found 4 .png and .jpg files", "(9, 24), (20, 24)"):
+        common.read_images(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with says("found 0 .png and .jpg files"):
+        common.read_images(str(tmp_path / "empty"))
+    with says("no whole .npy file"):
+        common.read_images(str(tmp_path / "nothing.npy"))
+
+
+# ---- feature networks -------------------------------------------------------------------------------------
+
+
+class Features(nn.Module):
+    """Channel means, twice: as the features, or in a tuple, or as an image of them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, images):
+        mean = images.float().mean((2, 3)) / 255
+        features = torch.cat([mean, mean.square()], 1)
+        return {"plain": features, "tuple": (features, mean), "image": features[:, :, None, None]}[self.kind]
+
+
+def export(path, kind="tuple"):
+    example = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=2)
+    torch.export.save(torch.export.export(Features(kind), (example,), dynamic_shapes=({0: batch},)), str(path))
+    return str(path)
+
+
+def test_features_and_scores(tmp_path):
+    images = torch.randint(256, (501, 3, 32, 32), generator=rng(), dtype=torch.uint8)
+    for kind in ("plain", "tuple"):
+        features = common.load_features(export(tmp_path / f"features-{kind}.pt2", kind), torch.device("cpu"))
+        assert features.name == kind
+        found = common.extract(features, images, torch.device("cpu"))       # 501: the last of 250 would stand alone
+        assert torch.allclose(found, Features("plain")(images))
+    scored = common.score(images, found, features, torch.device("cpu"))
+    assert abs(scored["fd"]) < 1e-9 and scored["kid"] < 0
+    assert (scored["features"], scored["samples"], scored["reference"]) == ("tuple", 501, 501)
+    np.save(tmp_path / "samples.npy", images.numpy())
+    assert common.score_files(str(tmp_path / "samples.npy"), str(tmp_path / "samples.npy"),
+                              str(tmp_path / "features-plain.pt2"), "cpu")["fd"] == scored["fd"]
+
+
+def test_files_that_are_no_feature_network(tmp_path):
+    cpu = torch.device("cpu")
+    with says("rank.pt2", "[2, 6, 1, 1]", "[N, D]"):
+        common.load_features(export(tmp_path / "rank.pt2", "image"), cpu)
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "weights.pt2")
+    (tmp_path / "text.pt2").write_text("no archive")
+    for name in ("weights.pt2", "text.pt2", "missing.pt2"):
+        with says(name, "cannot be loaded", "torch.export file"):
+            common.load_features(str(tmp_path / name), cpu)
+
+
+def test_scores_leave_the_precision_of_networks_alone(tmp_path):
+    common.setup("cpu")
+    common.load_features(export(tmp_path / "net.pt2"), torch.device("cpu"))
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def test_grid(tmp_path):
+    images = torch.randint(256, (5, 3, 4, 4), generator=rng(), dtype=torch.uint8)
+    common.save_grid(f"{tmp_path}/grid.png", images, columns=3)
+    (tmp_path / "copy.png").write_bytes((tmp_path / "grid.png").read_bytes())
+    grid = common.read_images(str(tmp_path))[0]
+    assert grid.shape == (3, 2 * 5 + 1, 3 * 5 + 1) and torch.equal(grid[:, 6:10, 6:10], images[4])
+    assert sorted(os.listdir(tmp_path)) == ["copy.png", "grid.png"]

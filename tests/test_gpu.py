@@ -1,0 +1,95 @@
+"""What only a GPU can show: captured updates, streams, generators inside graphs. Skipped where there is none."""
+import pytest
+import torch
+
+import cifar
+import common
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Deterministic convolutions, so that equal means equal to the last bit; nothing written but checkpoints."""
+    common.setup("cuda")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(cifar, "SAMPLES", 100)
+    monkeypatch.setattr(cifar, "LOG_EVERY", 1)
+    monkeypatch.setattr(cifar, "SAVE_EVERY", 3)
+    torch.manual_seed(0)
+
+
+def images():
+    return torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8, device="cuda")
+
+
+def run(method, folder, steps=6, seed=0):
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(1)
+    return cifar.train(method, seed, str(folder), {}, steps, torch.device("cuda"), images())
+
+
+def weights(folder):
+    kept = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+    return {p: t for p, t in common.tensors(kept["state"]).items() if p[0] in "gf"}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[p], b[p]) for p in a)
+
+
+@pytest.mark.parametrize("method", cifar.METHODS)
+def test_captured_equals_eager_from_the_first_update(method, tmp_path, monkeypatch):
+    common.interleave([run(method, tmp_path / "captured")])
+    monkeypatch.setattr(common, "capture", lambda update, state: update)
+    common.interleave([run(method, tmp_path / "eager")])
+    a, b = common.read_log(tmp_path / "captured"), common.read_log(tmp_path / "eager")
+    assert a["loss_g"][0] == b["loss_g"][0] and len(a["loss_g"]) == 6
+    assert same(weights(tmp_path / "captured"), weights(tmp_path / "eager"))
+
+
+def test_side_by_side_equals_alone(tmp_path):
+    for seed in range(3):
+        common.interleave([run("gram", tmp_path / f"alone{seed}", 40, seed)])
+    common.interleave([run("gram", tmp_path / f"side{seed}", 40, seed) for seed in range(3)])
+    for seed in range(3):
+        assert same(weights(tmp_path / f"alone{seed}"), weights(tmp_path / f"side{seed}"))
+    assert not same(weights(tmp_path / "side0"), weights(tmp_path / "side1"))
+
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    common.interleave([run("gram", tmp_path / "whole", 6)])
+    common.interleave([run("gram", tmp_path / "parts", 3)])
+    common.interleave([run("gram", tmp_path / "parts", 6)])
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_learning_rate_changes_without_a_new_capture():
+    """The rate is a tensor: filling it with 0 stops the weights of a captured update."""
+    network = common.mlp(4, 8, 1).to("cuda")
+    optimizer, rng = common.adam(network, 1e-2, (0.5, 0.9)), torch.Generator("cuda").manual_seed(0)
+
+    def update():
+        common.descend((optimizer, network(common.normal_noise(16, 4, rng)).square().mean()))
+
+    def steps():
+        replay = common.capture(update, dict(network=network, optimizer=optimizer, rng=rng))
+        start = network[0].weight.clone()
+        replay()
+        moved = network[0].weight.clone()
+        optimizer.param_groups[0]["lr"].fill_(0)
+        replay()
+        stopped = network[0].weight.clone()
+        yield
+        return start, moved, stopped
+
+    [(start, moved, stopped)] = common.interleave([steps()])
+    assert not torch.equal(start, moved) and torch.equal(moved, stopped)
+
+
+def test_network_precision():
+    """Convolutions in TF32, matrix products in full float32: 1e-3 against 1e-6 relative error."""
+    a = torch.randn(256, 256, device="cuda")
+    error = (a @ a - (a.double() @ a.double())).abs().max() / (a.double() @ a.double()).abs().max()
+    assert error < 1e-6
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"

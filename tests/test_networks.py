@@ -1,0 +1,65 @@
+"""Networks: shapes, the parameter counts that the paper's tables imply, batch norm, initialisation."""
+import torch
+from torch import nn
+
+import common
+
+
+def count(network):
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_generator_of_table_5():
+    g = common.dcgan_generator(128, (128, 64, 32), 3)
+    y = g(torch.rand(4, 128) * 2 - 1)
+    assert y.shape == (4, 3, 32, 32) and y.abs().max() <= 1
+    linear, filters, norms, bias = 128 * 2048 + 2048, 16 * (128 * 64 + 64 * 32 + 32 * 3), 2 * (128 + 64 + 32), 3
+    assert count(g) == linear + filters + norms + bias
+    kinds = [type(layer).__name__ for layer in g]
+    assert kinds[:2] == ["Linear", "Unflatten"] and kinds[-2:] == ["ConvTranspose2d", "Tanh"]
+    assert kinds[2:-1] == ["BatchNorm2d", "ReLU", "ConvTranspose2d"] * 3
+
+
+def test_critics_of_tables_6_and_7():
+    x = torch.rand(4, 3, 32, 32)
+    for widths, out in (((32, 64, 128), 128), ((32, 32, 64), 128), ((32, 64, 128), 1)):
+        f = common.dcgan_critic(3, widths, out)
+        assert f(x).shape == (4, out)
+        filters = 16 * sum(a * b for a, b in zip((3, *widths), widths))
+        assert count(f) == filters + 2 * sum(widths) + widths[-1] * 16 * out + out
+        kinds = [type(layer).__name__ for layer in f]
+        assert kinds == ["Conv2d", "BatchNorm2d", "LeakyReLU"] * 3 + ["Flatten", "Linear"]
+    assert f[2].negative_slope == 0.2
+
+
+def test_one_channel():
+    assert common.dcgan_generator(16, (32, 16, 8), 1)(torch.rand(3, 16)).shape == (3, 1, 32, 32)
+    assert common.dcgan_critic(1, (8, 16, 32), 5)(torch.rand(3, 1, 32, 32)).shape == (3, 5)
+
+
+def test_batch_norm_has_no_memory():
+    """Samples are the same before and after another batch, and in training and evaluation mode."""
+    g, z = common.dcgan_generator(16, (32, 16, 8), 3), torch.randn(20, 16)
+    before = g(z)
+    g(torch.randn(50, 16) * 3)
+    assert torch.equal(g(z), before) and torch.equal(g.eval()(z), before)
+    assert not any("running" in name for name in g.state_dict())
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    for network in (common.dcgan_generator(128, (128, 64, 32), 3), common.dcgan_critic(3, (32, 64, 128), 128)):
+        for layer in network:
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                assert layer.weight.abs().max() <= 0.04 and 0.016 < layer.weight.std() < 0.019   # cut off at 2 std
+            if isinstance(layer, nn.Linear):
+                assert layer.weight.abs().max() > 0.06 and 0.0195 < layer.weight.std() < 0.0205
+            if not isinstance(layer, nn.BatchNorm2d) and getattr(layer, "bias", None) is not None:
+                assert layer.bias.abs().max() == 0
+
+
+def test_mlp():
+    network = common.mlp(5, 7, 9, 2)
+    assert network(torch.randn(3, 5)).shape == (3, 2)
+    assert count(network) == 5 * 7 + 7 + 7 * 9 + 9 + 9 * 2 + 2
+    assert [type(layer).__name__ for layer in network] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
