@@ -20,17 +20,17 @@ GENERATOR = (128, 64, 32)   # widths, Table 5
 FULL = (32, 64, 128)        # widths of the critic, Table 6
 WEAK = (32, 32, 64)         # widths of the critic, Table 7
 K = 128                     # the critic's dimension, that of the noise, section 4
-SIGMA = (1, 2, 4, 8, 16)    # bandwidths of Li et al. 2017, which section 4 names; in GRAMFlow they are squares
+SIGMA = (1, 2, 4, 8, 16)    # bandwidths of Li et al. 2017, as section 4 says; GRAMFlow takes them for squares
 BETAS = (0.5, 0.999)        # Adam, GRAMFlow
 RIDGE = 1e-3                # JuliaGRAM, src/kmm.jl; neither in the paper nor in GRAMFlow
 LAMBDA = 1.0                # eq. 9
 SAMPLES = 10_000            # to keep and to score
 LOG_EVERY = 200
 GRID_EVERY = 10_000
-SAVE_EVERY = 5_000
+SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
 
 # critic: its widths. loss: the critic's and the generator's (common.gram_objective, mmd2, gan_critic, ...).
-# joint: both gradients at the same weights (GRAM, Algorithm 1); else the critic steps first, as is usual for a GAN.
+# joint: both gradients at the same weights (GRAM, Algorithm 1), else the critic steps first (GAN; GRAMFlow).
 # lr: Adam's; 5e-5 is the paper's, 1e-4 GRAMFlow's, 1e-3 JuliaGRAM's for MMD-nets. fid: the paper's, Table 1.
 METHODS = {
     "gram":      dict(critic=FULL, loss=("flow", "mmd2"), joint=True,  lr=1e-4, fid="24.85 ± 0.94"),
@@ -44,13 +44,19 @@ METHODS = {
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r")
 
 
+def networks(row):
+    """Generator, and critic or None, of a row of METHODS."""
+    g = common.dcgan_generator(Z, GENERATOR, 3)
+    out = 1 if row["loss"] == ("gan", "gan") else K
+    return g, common.dcgan_critic(3, row["critic"], out) if row["critic"] else None
+
+
 def train(method, seed, folder, settings, steps, device, images):
     """One run: a generator function that yields after each generator update and returns the run's result."""
     row = METHODS[method]
     form_f, form_g = row["loss"]
     torch.manual_seed(seed)
-    g = common.dcgan_generator(Z, GENERATOR, 3).to(device)
-    f = row["critic"] and common.dcgan_critic(3, row["critic"], 1 if form_f == "gan" else K).to(device)
+    g, f = (network and network.to(device) for network in networks(row))
     opt_g = common.adam(g, row["lr"], BETAS)
     opt_f = common.adam(f, row["lr"], BETAS) if f else None
     rng = torch.Generator(device).manual_seed(seed)
@@ -142,6 +148,9 @@ def main(argv=None):
         sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {BATCH} or more")
     runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume, device)
     images = images.to(device)
+    for method in dict.fromkeys(args.method):
+        g, f = networks(METHODS[method])
+        print(f"{method}: generator of {common.count(g):,} parameters, critic of {common.count(f):,}")
     print(common.log_head(COLUMNS))
     results = common.interleave([train(*run, args.steps, device, images) for run in runs])
 

@@ -29,6 +29,7 @@ import csv
 import glob
 import itertools
 import json
+import logging
 import math
 import os
 import shlex
@@ -301,6 +302,11 @@ def dcgan_critic(channels, widths, out):
     return dcgan_init(nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, out)))
 
 
+def count(network):
+    """Number of a network's parameters, 0 for None."""
+    return sum(p.numel() for p in network.parameters()) if network else 0
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Data: all that is random comes from a run's own torch.Generator, on its device
 # ------------------------------------------------------------------------------------------------------------
@@ -408,7 +414,7 @@ def read_images(path):
     images = [pil_to_tensor(torchvision.datasets.folder.default_loader(name)) for name in names]
     sizes = sorted({tuple(image.shape[1:]) for image in images})
     if len(images) < 2 or len(sizes) > 1:
-        sys.exit(f"{path}: found {len(images)} .png and .jpg files of sizes {sizes}, expected two of one size")
+        sys.exit(f"{path}: found {len(images)} .png and .jpg files, sizes {sizes}, expected two of one size")
     return torch.stack(images)
 
 
@@ -424,11 +430,14 @@ def load_features(path, device):
     scores are called by: the file's name. Exits with a message if the file holds no such network.
     """
     wanted = "expected a torch.export file (.pt2) of a network from uint8 [N, 3, H, W] to features [N, D]"
+    logging.disable(logging.WARNING)                # torch.export logs the traceback of what it raises
     try:
         program = torch.export.passes.move_to_device_pass(torch.export.load(path), str(device))
         network = program.module()
     except Exception as error:                      # whatever its reader stumbles over
         sys.exit(f"{path}: cannot be loaded ({first_line(error)}); {wanted}")
+    finally:
+        logging.disable(logging.NOTSET)
 
     @torch.no_grad()
     def features(images):
@@ -718,7 +727,8 @@ class Log:
         self.path, self.name = f"{folder}/log.csv", os.path.basename(folder)
         self.columns, self.steps = columns, steps
         self.sums = torch.zeros(len(columns) + 1, device=device)        # the last one counts the updates
-        self.one, self.given, self.seconds = torch.ones((), device=device), [], 0.0
+        self.zero, self.one = torch.tensor([0.0, 1.0], device=device)
+        self.given, self.seconds = [], 0.0
 
     def state_dict(self):
         return {"sums": self.sums, "seconds": self.seconds}
@@ -740,7 +750,7 @@ class Log:
     def add(self, *values):
         """Take in the scalars of an update, None for one that the method has not; no synchronisation."""
         self.given = [value is not None for value in values]
-        self.sums += torch.stack([0 * self.one if v is None else v.detach() for v in values] + [self.one])
+        self.sums += torch.stack([self.zero if v is None else v.detach() for v in values] + [self.one])
 
     def row(self, step, shown=True):
         """Write the means since the last row; raises FloatingPointError if one is not finite."""

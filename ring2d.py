@@ -29,7 +29,7 @@ LAMBDA = 1.0                        # eq. 9
 POINTS = 10_000                     # samples on which modes and share are counted
 LOG_EVERY = 1_000                   # rows in the terminal
 TRACE_EVERY = 10                    # rows in log.csv after the 100th update, one for each before, Figure 1b
-SAVE_EVERY = 1_000
+SAVE_EVERY = 1_000                  # a multiple of TRACE_EVERY: what is saved has been seen to be finite
 
 METHODS = {     # what the critic maximises (common.gram_objective); the generator minimises eq. 10
     "gram":      dict(form="sum"),      # eq. 9, the paper's, and the best of the four in two dimensions
@@ -40,12 +40,16 @@ METHODS = {     # what the critic maximises (common.gram_objective); the generat
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r")
 
 
+def networks():
+    """Generator and critic."""
+    return common.mlp(Z, *HIDDEN, 2), common.mlp(2, *HIDDEN, K)
+
+
 def train(method, seed, folder, settings, steps, device):
     """One run: a generator function that yields after each update and returns the run's result."""
     form = METHODS[method]["form"]
     torch.manual_seed(seed)
-    g = common.mlp(Z, *HIDDEN, 2).to(device)
-    f = common.mlp(2, *HIDDEN, K).to(device)
+    g, f = (network.to(device) for network in networks())
     opt_g, opt_f = common.adam(g, LR, BETAS), common.adam(f, LR, BETAS)
     rng = torch.Generator(device).manual_seed(seed)
     log = common.Log(folder, COLUMNS, steps, device)
@@ -110,8 +114,8 @@ def figure_1(folder, result):
     right.legend(fontsize=7)
     figure.suptitle(f"{result['method']}, {result['updates']:,} updates: {result['modes']} of {MODES} modes, "
                     f"{result['share']:.3f} of the samples within 3 std of a mode", fontsize=11)
-    figure.supxlabel("The paper draws D* (eq. 5), a constant minus the Pearson divergence: the constant is unknown",
-                     fontsize=8)
+    figure.supxlabel("The paper draws D* (eq. 5), a constant minus the Pearson divergence; the constant is "
+                     "unknown.", fontsize=8)
     common.save_figure(f"{folder}/figure1.png", figure)
 
 
@@ -119,6 +123,8 @@ def main(argv=None):
     args = common.flags(__doc__, METHODS, "gram", STEPS, images=False).parse_args(argv)
     device = common.setup(args.device)
     runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume, device)
+    g, f = networks()
+    print(f"generator of {common.count(g):,} parameters, critic of {common.count(f):,}")
     print(common.log_head(COLUMNS))
     results = common.interleave([train(*run, args.steps, device) for run in runs])
 
@@ -128,8 +134,8 @@ def main(argv=None):
             continue
         common.write_json(f"{folder}/result.json", dict(result, command=common.command(__file__, argv)))
         figure_1(folder, result)
-        print(f"{result['modes']} of {MODES} modes, {result['share']:.3f} of {POINTS:,} samples within 3 std of a "
-              f"mode: {folder}/figure1.png")
+        print(f"{result['modes']} of {MODES} modes, {result['share']:.3f} of the samples within 3 std of a mode")
+        print(f"{folder}/figure1.png")
     if all(isinstance(result, FloatingPointError) for result in results):
         sys.exit("no run finished")
 

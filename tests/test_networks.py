@@ -3,10 +3,7 @@ import torch
 from torch import nn
 
 import common
-
-
-def count(network):
-    return sum(p.numel() for p in network.parameters())
+from common import count
 
 
 def test_generator_of_table_5():

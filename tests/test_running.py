@@ -1,0 +1,241 @@
+"""Running and keeping: state put back, coroutines, logs, checkpoints, files that are whole or not there."""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import common
+from test_data import says
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ---- what capture() rests on, as far as a CPU shows it ----------------------------------------------------
+
+
+def small_run():
+    torch.manual_seed(0)
+    network, generator = common.mlp(4, 8, 1), rng()
+    optimizer = common.adam(network, 1e-2, (0.5, 0.9))
+
+    def update():
+        common.descend((optimizer, network(common.normal_noise(16, 4, generator)).square().mean()))
+    return dict(network=network, optimizer=optimizer, rng=generator), update
+
+
+def values(state):
+    return {path: tensor.clone() for path, tensor in common.tensors(common.state_dicts(state)).items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[path], b[path]) for path in a)
+
+
+def test_warm_up_updates_are_undone_in_place():
+    """As in capture(): three updates, all state put back, then the first update that counts."""
+    state, update = small_run()
+    weight = state["network"][0].weight
+    with common.restoring(state):
+        for _ in range(3):
+            update()
+        moment = state["optimizer"].state[weight]["exp_avg"]
+        assert moment.abs().max() > 0
+    assert moment.abs().max() == 0 and state["optimizer"].state[weight]["step"] == 0
+    assert state["optimizer"].state[weight]["exp_avg"] is moment and state["network"][0].weight is weight
+    other, other_update = small_run()
+    update(), other_update()
+    assert equal(values(state), values(other))
+
+
+def test_state_after_some_updates_is_put_back_too():
+    state, update = small_run()
+    update()
+    before = values(state)
+    with common.restoring(state):
+        update()
+        assert not equal(values(state), before)
+    assert equal(values(state), before)
+
+
+def test_capture_leaves_an_update_on_a_cpu_alone():
+    state, update = small_run()
+    before = values(state)
+    assert common.capture(update, state) is update and equal(values(state), before)
+    assert state["optimizer"].defaults["capturable"] is False      # Adam refuses it on a CPU
+
+
+def test_tensors_are_the_live_ones():
+    state, update = small_run()
+    update()
+    found = common.tensors(common.state_dicts(state))
+    assert found["network", "0.weight"].data_ptr() == state["network"][0].weight.data_ptr()
+    moments = state["optimizer"].state[state["network"][0].weight]
+    assert found["optimizer", "state", 0, "exp_avg"] is moments["exp_avg"]
+
+
+# ---- interleave -------------------------------------------------------------------------------------------
+
+
+def test_interleave_takes_turns_and_returns_results():
+    turns = []
+
+    def run(name, n):
+        for i in range(n):
+            turns.append(name + str(i))
+            yield
+        return name
+
+    assert common.interleave([run("a", 3), run("b", 1), run("c", 2)]) == ["a", "b", "c"]
+    assert turns == ["a0", "b0", "c0", "a1", "c1", "a2"]
+    assert common.interleave([]) == []
+
+
+def test_a_run_that_diverges_ends_alone():
+    def run(fails):
+        yield
+        if fails:
+            raise FloatingPointError("diverged at update 2")
+        yield
+        return "done"
+
+    first, second, third = common.interleave([run(False), run(True), run(False)])
+    assert first == third == "done" and isinstance(second, FloatingPointError)
+    with pytest.raises(ZeroDivisionError):      # a defect is no divergence
+
+        def broken():
+            yield 1 / 0
+        common.interleave([broken()])
+
+
+def test_ctrl_c_ends_with_a_word(capsys):
+    def run():
+        yield
+        raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as end:
+        common.interleave([run()])
+    assert end.value.code == 130 and "--resume" in capsys.readouterr().err
+
+
+# ---- files ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "kept.txt"
+    with common.replacing(path) as file:
+        file.write(b"first")
+    assert os.listdir(tmp_path) == ["kept.txt"]
+    with pytest.raises(RuntimeError):
+        with common.replacing(path) as file:
+            file.write(b"sec")
+            raise RuntimeError
+    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["kept.txt"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with says(str(path), "name another"):
+            common.make_folder(str(path))
+    common.make_folder(str(tmp_path / "new" / "deep"))
+    assert os.listdir(tmp_path / "new" / "deep") == []
+
+
+def test_log(tmp_path, capsys):
+    log = common.Log(str(tmp_path), ("loss_f", "loss_g"), 6, "cpu")
+    log.start(0)
+    for step, values in enumerate([(1.0, 2.0), (3.0, 6.0), (5.0, 5.0)], 1):
+        log.add(*map(torch.tensor, values))
+        if step != 1:
+            log.row(step)
+    read = common.read_log(tmp_path)
+    assert read["step"].tolist() == [2, 3] and read["loss_f"].tolist() == [2, 5] and read["loss_g"].tolist() == [4, 5]
+    assert "3" in capsys.readouterr().out
+    log.add(None, torch.tensor(1.0))
+    log.row(4, shown=False)
+    assert np.isnan(common.read_log(tmp_path)["loss_f"][-1]) and capsys.readouterr().out == ""
+    log.add(torch.tensor(1.0), torch.tensor(float("inf")))
+    log.add(torch.tensor(1.0), torch.tensor(1.0))
+    with pytest.raises(FloatingPointError, match="diverged at update 6: loss_g is inf"):
+        log.row(6)
+    assert common.read_log(tmp_path)["step"].tolist() == [2, 3, 4]
+    log.start(3)        # rows after the checkpoint's update are dropped
+    assert common.read_log(tmp_path)["step"].tolist() == [2, 3]
+
+
+def test_checkpoints_hold_all_state(tmp_path):
+    state, update = small_run()
+    update(), common.save(tmp_path, 1, state, {"seed": 0})
+    update()
+    other, other_update = small_run()
+    assert common.load(tmp_path, other, {"seed": 0}) == 1
+    other_update()
+    assert equal(values(state), values(other))
+    assert common.load(tmp_path / "nowhere", other, {}) == 0
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"seed": 1, "BATCH": 64}, "seed = 0, expected 1"),
+    ({"seed": 0, "BATCH": 32}, "BATCH = 64, expected 32"),
+    ({"seed": 0}, "BATCH = 64, expected None"),
+])
+def test_checkpoints_of_other_settings_are_refused(tmp_path, settings, said):
+    state, _ = small_run()
+    common.save(tmp_path, 1200, state, {"seed": 0, "BATCH": 64})
+    with says("checkpoint.pt", "1,200 updates", said, "--out"):
+        common.load(tmp_path, state, settings)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    state, _ = small_run()
+    common.save(tmp_path, 1, state, {})
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for content in (whole[:len(whole) // 2], b"", b"no checkpoint"):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with says("checkpoint.pt", "no whole checkpoint", "delete it"):
+            common.load(tmp_path, state, {})
+
+
+def test_constants_are_the_upper_case_ones():
+    given = {"BATCH": 64, "SIGMA": (1, 2.5), "NAME": "x", "METHODS": {}, "F": torch, "lower": 1}
+    assert common.constants(given) == {"BATCH": 64, "SIGMA": [1, 2.5], "NAME": "x"}
+    assert json.loads(json.dumps(common.constants(given))) == common.constants(given)
+
+
+# ---- command line -----------------------------------------------------------------------------------------
+
+
+def test_flags():
+    parser = common.flags("doc", {"gram": 1, "gan": 2}, "gram", 500, images=True)
+    args = parser.parse_args([])
+    assert (args.method, args.seeds, args.steps, args.data, args.out) == (["gram"], 1, 500, "data", "runs")
+    assert (args.resume, args.device, args.features) == (False, None, None)
+    assert parser.parse_args(["--method", "gan", "gram", "--seeds", "3"]).method == ["gan", "gram"]
+    for flag in ("--data", "--features"):
+        with pytest.raises(SystemExit):
+            common.flags("doc", {"gram": 1}, "gram", 1, images=False).parse_args([flag, "x"])
+
+
+@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--seeds", "-1"], ["--steps", "many"], ["--steps", "1.5"],
+                                   ["--method", "gramm"], ["--steps", ""], ["--method"]])
+def test_wrong_flags(wrong, capsys):
+    with pytest.raises(SystemExit) as end:
+        common.flags("doc", {"gram": 1}, "gram", 500, images=True).parse_args(wrong)
+    assert end.value.code == 2 and wrong[0] in capsys.readouterr().err
+
+
+def test_devices():
+    assert common.setup("cpu").type == "cpu"
+    for name in ("abacus", "cuda") if not torch.cuda.is_available() else ("abacus",):
+        with says(f"--device {name}", "expected cpu, or cuda"):
+            common.setup(name)
+
+
+def test_tables_and_spreads():
+    lines = common.table(["a", "long"], [["xyz", "1"]]).splitlines()
+    assert lines == ["| a   | long |", "| --- | ---- |", "| xyz | 1    |"]
+    assert common.spread([]) == "-" and common.spread([2.04]) == "2.0"
+    assert common.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"

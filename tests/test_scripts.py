@@ -1,0 +1,324 @@
+"""The scripts through their command lines, small: every row, scores, resuming, bad input, bad days."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import cifar
+import common
+import ring2d
+from test_data import export, says
+
+ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
+SMALL = dict(BATCH=8, Z=8, GENERATOR=(16, 8, 8), K=8, SAMPLES=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2)
+METHODS = {name: dict(row, critic=row["critic"] and (4, 8, 8)) for name, row in cifar.METHODS.items()}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """cifar.py and ring2d.py with small constants, a small data set, and a folder of their own to work in."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(cifar, name, value)
+    monkeypatch.setattr(cifar, "METHODS", METHODS)
+    for name, value in dict(BATCH=16, POINTS=500, PANELS=(2, 6), LOG_EVERY=4, TRACE_EVERY=2, SAVE_EVERY=2).items():
+        monkeypatch.setattr(ring2d, name, value)
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
+    os.mkdir("data")
+    np.save("data/cifar10-train.npy", images)
+    np.save("data/cifar10-test.npy", images[:30])
+
+
+def run_cifar(*flags):
+    cifar.main(["--device", "cpu", *map(str, flags)])
+
+
+def run_ring(*flags):
+    ring2d.main(["--device", "cpu", *map(str, flags)])
+
+
+def kept(folder):
+    """All tensors of a run's checkpoint but the clock's, and its log without the times."""
+    state = torch.load(f"{folder}/checkpoint.pt", weights_only=True)
+    log = common.read_log(folder)
+    return state["step"], common.tensors(state["state"]), {k: v.tolist() for k, v in log.items() if k != "seconds"}
+
+
+def same(a, b):
+    (step_a, tensors_a, log_a), (step_b, tensors_b, log_b) = kept(a), kept(b)
+    assert step_a == step_b and json.dumps(log_a) == json.dumps(log_b) and tensors_a.keys() == tensors_b.keys()
+    return all(torch.equal(tensors_a[path], tensors_b[path]) for path in tensors_a)
+
+
+# ---- every row --------------------------------------------------------------------------------------------
+
+
+def test_every_row_of_cifar(capsys):
+    run_cifar("--method", *METHODS, "--steps", 4)
+    printed = capsys.readouterr().out
+    for method in METHODS:
+        folder = f"runs/cifar-{method}-s0"
+        assert sorted(os.listdir(folder)) == ["checkpoint.pt", "cifar.py", "common.py", "log.csv", "result.json",
+                                              "samples-4.png", "samples.npy"]
+        samples = np.load(f"{folder}/samples.npy")
+        assert samples.shape == (20, 3, 32, 32) and samples.dtype == np.uint8 and samples.std() > 1
+        log = common.read_log(folder)
+        assert log["step"].tolist() == [2, 4] and np.isfinite(log["loss_g"]).all()
+        assert np.isfinite(log["mean_r"]).all() == method.startswith("gram")
+        assert np.isfinite(log["loss_f"]).all() == (method != "mmdnet")
+        result = json.load(open(f"{folder}/result.json"))
+        assert (result["method"], result["seed"], result["updates"]) == (method, 0, 4) and "fd" not in result
+        assert result["command"].startswith("python cifar.py --device cpu --method gram ")
+        assert f"| {method} " in printed
+    assert "to score the samples: python cifar.py" in printed and "--resume --features FILE.pt2" in printed
+    assert printed.rstrip().splitlines()[-1].startswith("| gan-weak")      # the table is the last thing
+    assert "26.82 ± 0.49" in printed and "BATCH" in printed
+    assert "mmdnet: generator of 5,827 parameters, critic of 0" in printed
+
+
+def test_rows_differ_only_in_what_they_say():
+    """One update of each row moves the critic, if any, and the generator; weak critics are smaller."""
+    assert cifar.METHODS["gram-weak"] == dict(cifar.METHODS["gram"], critic=METHODS["gram-weak"]["critic"], fid=
+                                              cifar.METHODS["gram-weak"]["fid"])
+    run_cifar("--method", *METHODS, "--steps", 2, "--out", "a")
+    run_cifar("--method", *METHODS, "--steps", 4, "--out", "a", "--resume")
+    for method, row in METHODS.items():
+        _, tensors, _ = kept(f"a/cifar-{method}-s0")
+        assert ("f", "0.weight") in tensors if row["critic"] else ("f", "0.weight") not in tensors
+        steps = {float(t) for path, t in tensors.items() if path[-1] == "step"}
+        assert steps == {4.0}, method
+
+
+def test_scores_and_their_names(capsys):
+    features = export("features-tiny.pt2")
+    run_cifar("--method", "gram", "gan", "--seeds", 2, "--steps", 2, "--features", features)
+    printed = capsys.readouterr().out
+    results = [json.load(open(f"runs/cifar-gram-s{seed}/result.json")) for seed in (0, 1)]
+    network = common.load_features(features, torch.device("cpu"))
+    reference = network(torch.from_numpy(np.load("data/cifar10-test.npy")))
+    for seed, result in enumerate(results):
+        found = network(torch.from_numpy(np.load(f"runs/cifar-gram-s{seed}/samples.npy")))
+        assert result["fd"] == common.frechet_distance(found, reference)
+        assert result["kid"], result["kid_std"] == common.kid(found, reference)
+        assert (result["features"], result["samples"], result["reference"]) == ("tiny", 20, 30)
+    assert "FD, tiny" in printed and "20 samples against the 30 test images" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("| gram "))
+    assert common.spread([result["fd"] for result in results]) in row and "2 of 2" in row
+    assert "FID" not in printed.replace("FID in the paper", "")
+    assert open("runs/cifar.md").read().startswith("`python cifar.py ") and row in open("runs/cifar.md").read()
+
+
+def test_a_finished_run_is_scored_without_training(capsys):
+    run_cifar("--steps", 4)
+    before = kept("runs/cifar-gram-s0")[1]
+    run_cifar("--steps", 4, "--resume", "--features", export("features-tiny.pt2"))
+    assert "fd" in json.load(open("runs/cifar-gram-s0/result.json"))
+    assert all(torch.equal(t, kept("runs/cifar-gram-s0")[1][p]) for p, t in before.items())
+
+
+def test_every_row_of_ring2d(capsys):
+    run_ring("--method", *ring2d.METHODS, "--steps", 6)
+    printed = capsys.readouterr().out
+    for method in ring2d.METHODS:
+        folder = f"runs/ring2d-{method}-s0"
+        assert f"{folder}/figure1.png" in printed and os.path.getsize(f"{folder}/figure1.png") > 20_000
+        points = np.load(f"{folder}/points-6.npz")
+        assert all(points[name].shape == (1000, 2) for name in ("x", "y", "f_x", "f_y"))
+        assert len(common.read_log(folder)["step"]) == 6
+        result = json.load(open(f"{folder}/result.json"))
+        assert 0 <= result["modes"] <= 8 and 0 <= result["share"] <= 1 and result["samples"] == 500
+
+
+def test_ring2d_learns_within_a_few_updates():
+    """300 real updates: the squared MMD to the data falls, the samples spread to the ring's size."""
+    run_ring("--steps", 300)
+    first, last = (np.load(f"runs/ring2d-gram-s0/points-{step}.npz") for step in (2, 6))
+    assert np.abs(first["y"]).max() < 2
+    state = torch.load("runs/ring2d-gram-s0/checkpoint.pt", weights_only=True)["state"]["g"]
+    g = common.mlp(ring2d.Z, *ring2d.HIDDEN, 2)
+    g.load_state_dict(state)
+    y = g(torch.randn(2000, ring2d.Z)).detach()
+    assert 1 < float(y.norm(dim=1).mean()) < 4
+
+
+# ---- seeds, side by side, resuming ------------------------------------------------------------------------
+
+
+def test_side_by_side_equals_one_after_another():
+    """Neither the numbers nor the initial weights of a run depend on who runs beside it, to the bit."""
+    run_cifar("--method", "gram", "gan", "--seeds", 2, "--steps", 4, "--out", "side")
+    for method in ("gan", "gram"):
+        run_cifar("--method", method, "--seeds", 2, "--steps", 4, "--out", "alone")
+    for name in ("gram-s0", "gram-s1", "gan-s0", "gan-s1"):
+        assert same(f"side/cifar-{name}", f"alone/cifar-{name}")
+    weights = [kept(f"side/cifar-gram-s{seed}")[1]["g", "0.weight"] for seed in (0, 1)]
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("run, name", [(run_cifar, "cifar"), (run_ring, "ring2d")])
+def test_resumed_equals_uninterrupted(run, name):
+    run("--steps", 8, "--out", "whole")
+    run("--steps", 4, "--out", "parts")
+    run("--steps", 8, "--out", "parts", "--resume")
+    assert same(f"whole/{name}-gram-s0", f"parts/{name}-gram-s0")
+
+
+DRIVER = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import cifar, test_scripts
+for name, value in test_scripts.SMALL.items(): setattr(cifar, name, value)
+cifar.METHODS, cifar.LOG_EVERY, cifar.SAVE_EVERY = test_scripts.METHODS, 5, 7
+cifar.main(["--device", "cpu", "--method", "gram", "gan", "--steps", "200", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_and_resumed(ending):
+    """kill -9 and Ctrl-C between two rows of the log, then --resume: the same log and weights to the bit."""
+    with open("driver.py", "w") as file:
+        file.write(DRIVER.format(root=ROOT, tests=os.path.dirname(os.path.abspath(__file__))))
+    subprocess.run([sys.executable, "driver.py", "--out", "whole"], check=True, capture_output=True)
+    stopped = subprocess.Popen([sys.executable, "driver.py", "--out", "parts"], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
+    while not os.path.exists("parts/cifar-gan-s0/checkpoint.pt"):
+        assert stopped.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.1)
+    stopped.send_signal(ending)
+    error = stopped.communicate()[1]
+    if ending == signal.SIGINT:
+        assert stopped.returncode == 130 and "--resume" in error and "Traceback" not in error
+    assert torch.load("parts/cifar-gan-s0/checkpoint.pt", weights_only=True)["step"] < 200
+    subprocess.run([sys.executable, "driver.py", "--out", "parts", "--resume"], check=True, capture_output=True)
+    for method in ("gram", "gan"):
+        assert same(f"whole/cifar-{method}-s0", f"parts/cifar-{method}-s0")
+
+
+def test_an_earlier_run_is_kept(capsys):
+    run_cifar("--steps", 2)
+    before = kept("runs/cifar-gram-s0")
+    run_cifar("--steps", 4)
+    assert "now runs/cifar-gram-s0-old-1" in capsys.readouterr().out
+    assert str(kept("runs/cifar-gram-s0-old-1")) == str(before) and kept("runs/cifar-gram-s0")[0] == 4
+    run_cifar("--steps", 2)
+    assert os.path.isdir("runs/cifar-gram-s0-old-2")
+
+
+# ---- bad days ---------------------------------------------------------------------------------------------
+
+
+def nan_after(n, real):
+    calls = []
+
+    def loss(*args):
+        calls.append(args)
+        return real(*args) * (float("nan") if len(calls) > n else 1)
+    return loss
+
+
+def test_a_run_that_diverges_stops_alone(monkeypatch, capsys):
+    monkeypatch.setattr(common, "gan_critic", nan_after(4, common.gan_critic))
+    run_cifar("--method", "gan", "gram", "--steps", 8)
+    printed = capsys.readouterr().out
+    assert "runs/cifar-gan-s0: diverged at update 6: loss_f is nan" in printed
+    assert "0 of 1; seed 0 diverged at update 6" in next(l for l in printed.splitlines() if l.startswith("| gan "))
+    step, tensors, _ = kept("runs/cifar-gan-s0")
+    assert step == 4 and all(torch.isfinite(t.float()).all() for t in tensors.values())     # the last good one
+    assert kept("runs/cifar-gram-s0")[0] == 8
+    monkeypatch.setattr(common, "gan_critic", nan_after(4, common.gan_critic))
+    with says("no run finished"):
+        run_cifar("--method", "gan", "--steps", 8, "--out", "b")
+
+
+def cannot(*flags, script=run_cifar):
+    """Run with flags that cannot work: nothing is written."""
+    before = sorted(os.walk("."))
+    script(*flags)
+    assert sorted(os.walk(".")) == before
+
+
+def test_bad_input():
+    export("rank.pt2", "image")
+    open("file", "w").close()
+    with says("rank.pt2", "[2, 6, 1, 1]"):
+        run_cifar("--features", "rank.pt2")
+    with says("nowhere.pt2", "cannot be loaded"):
+        run_cifar("--features", "nowhere.pt2")
+    with says("file", "name another"):
+        run_cifar("--out", "file")
+    with says("file", "name another"):
+        run_ring("--out", "file/below")
+    np.save("data/cifar10-train.npy", np.zeros((7, 3, 32, 32), np.uint8))
+    with says("found 7 images, expected 8 or more"):
+        run_cifar()
+    os.remove("data/cifar10-test.npy")
+    np.save("data/cifar10-train.npy", np.zeros((60, 3, 32, 32), np.float64))
+    with says("found float64"):
+        run_cifar()
+    assert sorted(os.listdir()) == ["data", "file", "rank.pt2"]      # nothing half-written
+
+
+def test_checkpoints_of_other_runs_are_refused(monkeypatch):
+    run_cifar("--method", "gram", "gan", "--steps", 2)
+    before = kept("runs/cifar-gram-s0")
+    monkeypatch.setattr(cifar, "RIDGE", 0.5)
+    with says("cifar-gram-s0/checkpoint.pt", "RIDGE = 0.001, expected 0.5"):
+        run_cifar("--steps", 4, "--resume")
+    monkeypatch.setattr(cifar, "RIDGE", 1e-3)
+    monkeypatch.setattr(cifar, "METHODS", {"gram": dict(METHODS["gram"], lr=1.0)})
+    with says("row = ", "expected"):
+        run_cifar("--steps", 4, "--resume")
+    monkeypatch.setattr(cifar, "METHODS", METHODS)
+    shutil.copy("runs/cifar-gan-s0/checkpoint.pt", "runs/cifar-gram-s0/checkpoint.pt")
+    with says("method = gan, expected gram"):
+        run_cifar("--steps", 4, "--resume")
+    open("runs/cifar-gan-s0/checkpoint.pt", "wb").write(b"half")
+    with says("no whole checkpoint"):
+        run_cifar("--method", "gan", "--steps", 4, "--resume")
+    assert str(kept("runs/cifar-gram-s0")[2]) == str(before[2])
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--method", "gramm"], "invalid choice: 'gramm'"), (["--steps", "0"], "expected a whole number of 1 or more"),
+    (["--seeds", "two"], "expected a whole number of 1 or more"), (["--device", "abacus"], "--device abacus"),
+    (["--features", "none.pt2"], "none.pt2: cannot be loaded"),
+])
+def test_errors_as_a_user_sees_them(flags, said):
+    done = subprocess.run([sys.executable, f"{ROOT}/cifar.py", *flags], capture_output=True, text=True)
+    assert done.returncode != 0 and said in done.stderr and "Traceback" not in done.stderr
+    assert os.listdir() == ["data"]
+
+
+# ---- as a user copies them --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, flags, made", [
+    ("ring2d.py", ["--steps", "20"], "runs/ring2d-gram-s0/figure1.png"),
+    ("cifar.py", ["--method", "mmdnet", "--steps", "1"], "runs/cifar-mmdnet-s0/samples.npy"),
+])
+def test_a_script_copied_with_common_alone_runs(script, flags, made):
+    images = np.random.default_rng(0).integers(0, 256, (64, 3, 32, 32), np.uint8)
+    np.save("data/cifar10-train.npy", images)
+    for name in (script, "common.py"):
+        shutil.copy(f"{ROOT}/{name}", ".")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, script, "--device", "cpu", *flags], capture_output=True, text=True,
+                          env=environment)
+    assert done.returncode == 0 and os.path.exists(made), done.stderr
+
+
+@pytest.mark.parametrize("script", [cifar, ring2d])
+def test_help_explains_every_flag(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and script.__doc__.splitlines()[0] in text
+    for flag in ("--method", "--seeds", "--steps", "--out", "--resume", "--device"):
+        assert flag in text
