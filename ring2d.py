@@ -134,8 +134,8 @@ def main(argv=None):
             continue
         common.write_json(f"{folder}/result.json", dict(result, command=common.command(__file__, argv)))
         figure_1(folder, result)
-        print(f"{result['modes']} of {MODES} modes, {result['share']:.3f} of the samples within 3 std of a mode")
-        print(f"{folder}/figure1.png")
+        print(f"{folder}/figure1.png\n{result['modes']} of {MODES} modes, "
+              f"{result['share']:.3f} of {POINTS:,} samples within 3 std of a mode")
     if all(isinstance(result, FloatingPointError) for result in results):
         sys.exit("no run finished")
 

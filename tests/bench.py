@@ -1,11 +1,11 @@
-"""Milliseconds per generator update of cifar.py's methods on the present device: eager, captured, and side by side.
+"""Milliseconds per update of cifar.py's methods on the present device: eager, captured, side by side.
 
     python tests/bench.py                                 all methods, six runs side by side
     python tests/bench.py --method gram --side 2 4 8 16   how far side by side carries
     python tests/bench.py --method gram --profile         the kernels of an update
 
-All in one process, so the ratios hold; "kernels" is the sum of the GPU kernels' own times, the floor of a run alone. Without
-data/cifar10-train.npy random images are used: the time of an update does not depend on them.
+All in one process, so that the ratios hold. "kernels" is the sum of the GPU kernels' own times, the floor of a
+run alone, and "number" how many they are. The images are random: an update's time does not depend on them.
 """
 import argparse
 import os
@@ -23,7 +23,7 @@ WARM, UPDATES = 30, 200
 
 
 def milliseconds(methods, device, images, eager=False, profile=None):
-    """Milliseconds per update of runs of the given methods, one seed each, advanced side by side; and MiB of the GPU."""
+    """Milliseconds per update of runs of the given methods, advanced side by side, and MiB of GPU memory."""
     began = []
 
     def sync():
@@ -64,15 +64,16 @@ def kernels(method, device, images):
     """Kernels of an update as a list of (milliseconds, calls, name), the longest first."""
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
     milliseconds([method], device, images, profile=profile)
-    found = [(e.self_device_time_total / 1e3 / UPDATES, e.count / UPDATES, e.key) for e in profile.key_averages()]
-    return sorted((row for row in found if row[0] > 0), reverse=True)
+    found = [(e.self_device_time_total, e.count, e.key) for e in profile.key_averages()]
+    return sorted(((us / 1e3 / UPDATES, n / UPDATES, name) for us, n, name in found if us > 0), reverse=True)
 
 
 def main():
     global WARM, UPDATES
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", default=list(cifar.METHODS), choices=list(cifar.METHODS), metavar="NAME")
-    parser.add_argument("--side", nargs="+", type=int, default=[6], metavar="K", help="runs side by side (default 6)")
+    names, raw = list(cifar.METHODS), argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--method", nargs="+", default=names, choices=names, metavar="NAME", help="(all)")
+    parser.add_argument("--side", nargs="+", type=int, default=[6], metavar="K", help="side by side (6)")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
     parser.add_argument("--profile", action="store_true", help="list the kernels of an update")
     args = parser.parse_args()
@@ -81,14 +82,14 @@ def main():
     if device.type == "cpu":
         WARM, UPDATES = 2, 6
     images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8).to(device)
-    print(f"{common.machine(device)}, batch {cifar.BATCH}, mean of {UPDATES} updates, milliseconds per update")
+    print(f"{common.machine(device)}, batch {cifar.BATCH}, milliseconds per update, mean of {UPDATES}")
     rows = []
     for method in args.method:
         eager, _ = milliseconds([method], device, images, eager=True)
         alone, memory = milliseconds([method], device, images)
         floor = kernels(method, device, images) if device.type == "cuda" else []
-        row = [method, f"{eager:.2f}", f"{alone:.2f}", f"{eager / alone:.1f}x", f"{sum(k[0] for k in floor):.2f}",
-               f"{sum(k[1] for k in floor):.0f}"]
+        row = [method, f"{eager:.2f}", f"{alone:.2f}", f"{eager / alone:.1f}x",
+               f"{sum(k[0] for k in floor):.2f}", f"{sum(k[1] for k in floor):.0f}"]
         for k in args.side:
             side, _ = milliseconds([method] * k, device, images)
             row += [f"{side:.2f}", f"{alone / side:.1f}x"]
@@ -96,8 +97,8 @@ def main():
         if args.profile:
             for ms, calls, name in floor[:25]:
                 print(f"{ms * 1e3:9.1f} us {calls:7.1f} x  {name[:100]}")
-    print(common.table(["method", "eager", "captured", "gain", "kernels", "number",
-                        *(cell for k in args.side for cell in (f"{k} side by side", "throughput")), "MiB"], rows))
+    sides = [cell for k in args.side for cell in (f"{k} side by side", "throughput")]
+    print(common.table(["method", "eager", "captured", "gain", "kernels", "number", *sides, "MiB"], rows))
 
 
 if __name__ == "__main__":

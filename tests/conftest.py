@@ -1,4 +1,40 @@
+"""What several test files use."""
 import os
 import sys
+from contextlib import contextmanager
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))     # `pytest` alone finds the scripts too
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))     # where the scripts are
+
+
+@contextmanager
+def says(*parts):
+    """Expect the program to stop with a message of at most two lines that has all these parts."""
+    with pytest.raises(SystemExit) as end:
+        yield
+    text = str(end.value)
+    assert len(text.splitlines()) <= 2 and all(part in text for part in parts), text
+
+
+class Features(nn.Module):
+    """Channel means, twice: as the features, or in a tuple, or as an image of them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, images):
+        mean = images.float().mean((2, 3)) / 255
+        features = torch.cat([mean, mean.square()], 1)
+        return {"plain": features, "tuple": (features, mean), "image": features[:, :, None, None]}[self.kind]
+
+
+def export(path, kind="tuple"):
+    example = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(Features(kind), (example,), dynamic_shapes=({0: batch},))
+    torch.export.save(program, str(path))
+    return str(path)

@@ -1,31 +1,16 @@
-"""Data and scores: what is drawn, what is loaded, and what is said of files that are not what they should be."""
+"""Data and scores: what is drawn, what is loaded, and what is said of files that are not right."""
 import os
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import common
+from conftest import Features, export, says
 
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def says(*parts):
-    """Expect the program to stop with a message of at most two lines that has all these parts."""
-    class Said:
-        def __enter__(self):
-            self.raises = pytest.raises(SystemExit)
-            self.info = self.raises.__enter__()
-
-        def __exit__(self, *error):
-            assert self.raises.__exit__(*error)
-            text = str(self.info.value)
-            assert len(text.splitlines()) <= 2 and all(part in text for part in parts), text
-            return True
-    return Said()
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------
@@ -156,32 +141,12 @@ def test_folders_of_images(tmp_path):
 # ---- feature networks -------------------------------------------------------------------------------------
 
 
-class Features(nn.Module):
-    """Channel means, twice: as the features, or in a tuple, or as an image of them."""
-
-    def __init__(self, kind):
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, images):
-        mean = images.float().mean((2, 3)) / 255
-        features = torch.cat([mean, mean.square()], 1)
-        return {"plain": features, "tuple": (features, mean), "image": features[:, :, None, None]}[self.kind]
-
-
-def export(path, kind="tuple"):
-    example = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=2)
-    torch.export.save(torch.export.export(Features(kind), (example,), dynamic_shapes=({0: batch},)), str(path))
-    return str(path)
-
-
 def test_features_and_scores(tmp_path):
     images = torch.randint(256, (501, 3, 32, 32), generator=rng(), dtype=torch.uint8)
     for kind in ("plain", "tuple"):
         features = common.load_features(export(tmp_path / f"features-{kind}.pt2", kind), torch.device("cpu"))
         assert features.name == kind
-        found = common.extract(features, images, torch.device("cpu"))       # 501: the last of 250 would stand alone
+        found = common.extract(features, images, torch.device("cpu"))   # 501 = 250 + 250 + 1
         assert torch.allclose(found, Features("plain")(images))
     scored = common.score(images, found, features, torch.device("cpu"))
     assert abs(scored["fd"]) < 1e-9 and scored["kid"] < 0

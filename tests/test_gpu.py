@@ -1,4 +1,4 @@
-"""What only a GPU can show: captured updates, streams, generators inside graphs. Skipped where there is none."""
+"""What only a GPU can show: captured updates, streams, generators inside graphs. Skipped without one."""
 import pytest
 import torch
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Deterministic convolutions, so that equal means equal to the last bit; nothing written but checkpoints."""
+    """Deterministic convolutions, so that equal means equal to the last bit."""
     common.setup("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(cifar, "SAMPLES", 100)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import common
-from test_data import says
+from conftest import says
 
 
 def rng(seed=0):
@@ -152,7 +152,8 @@ def test_log(tmp_path, capsys):
         if step != 1:
             log.row(step)
     read = common.read_log(tmp_path)
-    assert read["step"].tolist() == [2, 3] and read["loss_f"].tolist() == [2, 5] and read["loss_g"].tolist() == [4, 5]
+    assert {name: read[name].tolist() for name in ("step", "loss_f", "loss_g")} == {
+        "step": [2, 3], "loss_f": [2, 5], "loss_g": [4, 5]}
     assert "3" in capsys.readouterr().out
     log.add(None, torch.tensor(1.0))
     log.row(4, shown=False)
@@ -219,8 +220,9 @@ def test_flags():
             common.flags("doc", {"gram": 1}, "gram", 1, images=False).parse_args([flag, "x"])
 
 
-@pytest.mark.parametrize("wrong", [["--seeds", "0"], ["--seeds", "-1"], ["--steps", "many"], ["--steps", "1.5"],
-                                   ["--method", "gramm"], ["--steps", ""], ["--method"]])
+@pytest.mark.parametrize("wrong", [
+    ["--seeds", "0"], ["--seeds", "-1"], ["--steps", "many"], ["--steps", "1.5"], ["--steps", ""],
+    ["--method", "gramm"], ["--method"]])
 def test_wrong_flags(wrong, capsys):
     with pytest.raises(SystemExit) as end:
         common.flags("doc", {"gram": 1}, "gram", 500, images=True).parse_args(wrong)
