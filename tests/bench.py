@@ -4,8 +4,8 @@
     python tests/bench.py --method gram --side 2 4 8 16   how far side by side carries
     python tests/bench.py --method gram --profile         the kernels of an update
 
-All in one process, so that the ratios hold. "kernels" is the sum of the GPU kernels' own times, the floor of a
-run alone, and "number" how many they are. The images are random: an update's time does not depend on them.
+All in one process, so that the ratios hold. "kernels" is the sum of the GPU kernels' own times, the floor of
+a run alone, "number" how many they are. The images are random: an update's time does not depend on them.
 """
 import argparse
 import os

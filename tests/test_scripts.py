@@ -50,7 +50,7 @@ def kept(folder):
     state = torch.load(f"{folder}/checkpoint.pt", weights_only=True)
     log = common.read_log(folder)
     log.pop("seconds")
-    return state["step"], common.tensors(state["state"]), {name: values.tolist() for name, values in log.items()}
+    return state["step"], common.tensors(state["state"]), {name: rows.tolist() for name, rows in log.items()}
 
 
 def same(a, b):
