@@ -1,9 +1,9 @@
 """CIFAR-10 in Generative Ratio Matching Networks (ICLR 2020), Table 1: GRAM, GAN, MMD-net; DCGAN networks.
 
     python cifar.py --method gram --features FILE.pt2       under 2 minutes on an H200, an hour on a CPU core
-    python cifar.py --method gram gram-eq9 gan mmdnet --seeds 3 --features FILE.pt2         side by side, 5 minutes
+    python cifar.py --method gram gram-eq9 gan mmdnet --seeds 3 --features FILE.pt2     side by side, 5 minutes
 
-Expect a Frechet distance of 47 ± 3 for gram on EfficientNet-Lite0 features (README.md; FID has other features).
+Expect a Frechet distance of 47 ± 3 from gram on EfficientNet-Lite0 features (FID has others; see README.md).
 A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json.
 """
 import sys

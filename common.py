@@ -67,8 +67,7 @@ def squared_distances(x, y):
 def gaussian(x, y, sigma):
     """Gaussian kernels exp(-|x_i - y_j|^2 / 2 sigma^2), a slice for each bandwidth (Li et al. 2017, sec. 3).
 
-    x [N, D], y [M, D], sigma [S] in the units of x; returns [S, N, M]. The sum of the slices is the usual
-    mixture.
+    x [N, D], y [M, D], sigma [S] in the units of x; returns [S, N, M]. The usual mixture is their sum.
     """
     return torch.exp(squared_distances(x, y) * (-0.5 / sigma.square())[:, None, None])
 
@@ -76,8 +75,8 @@ def gaussian(x, y, sigma):
 def gram(kernel, x, y):
     """The three Gram matrices of two sets, from one evaluation of a kernel on both (GRAM, Algorithm 1).
 
-    kernel(a, b) -> [S, len(a), len(b)]; x [N, D], y [M, D]. Returns K_xx [S, N, N], K_xy [S, N, M], K_yy [S,
-    M, M].
+    kernel(a, b) -> [S, len(a), len(b)]; x [N, D], y [M, D].
+    Returns K_xx [S, N, N], K_xy [S, N, M], K_yy [S, M, M].
     """
     both, sizes = torch.cat([x, y]), [len(x), len(y)]
     (K_xx, K_xy), (_, K_yy) = (rows.split(sizes, -1) for rows in kernel(both, both).split(sizes, -2))
@@ -92,9 +91,9 @@ def gram(kernel, x, y):
 def mmd2(K_xx, K_xy, K_yy, unbiased=False):
     """Squared MMD under the sum of the kernels in the stack: a scalar.
 
-    K_xx [S, N, N], K_xy [S, N, M], K_yy [S, M, M].
-    Biased (GRAM, eq. 2 and 10): means over all pairs, never negative but for rounding. Unbiased (Gretton et
-    al. 2012, eq. 3): no point is paired with itself, and the mean over draws is zero if p = q.
+    K_xx [S, N, N], K_xy [S, N, M], K_yy [S, M, M]. Biased (GRAM, eq. 2 and 10): means over all pairs, never
+    negative but for rounding. Unbiased (Gretton et al. 2012, eq. 3): no point is paired with itself, and the
+    mean over draws is zero if p = q.
     """
     def within(K):
         if not unbiased:
@@ -108,8 +107,7 @@ def mmd2(K_xx, K_xy, K_yy, unbiased=False):
 def mmd(K_xx, K_xy, K_yy):
     """Biased MMD, not squared: sqrt(mmd2 + 1e-6), whose gradient is finite where the two sets are equal.
 
-    The 1e-6 is that of the first released GRAM code (JuliaGRAM 44159b2); later ones have an infinite slope at
-    0.
+    The first released GRAM code has this 1e-6 (JuliaGRAM 44159b2); in later code the slope at 0 is infinite.
     """
     return (mmd2(K_xx, K_xy, K_yy).clamp(min=0) + 1e-6).sqrt()
 
@@ -124,9 +122,8 @@ def density_ratio(K_qq, K_qp, ridge):
 
     K_qq [S, M, M], K_qp [S, M, N]; returns r [M], the solution of (K_qq + ridge I) r = (M / N) K_qp 1:
     weights on the points of q that give it the kernel mean of p. One batched solve serves all bandwidths. The
-    paper prints no M / N (it has M = N) and no ridge, but without one r is noise in float32; JuliaGRAM adds
-    1e-3 (src/kmm.jl), GRAMFlow nothing. r may be negative, and is 0 where a bandwidth is far below all
-    distances.
+    paper prints no M / N (it has M = N) and no ridge, but without one r is noise in float32: JuliaGRAM adds
+    1e-3 (src/kmm.jl), GRAMFlow nothing. r may be negative, and vanishes at bandwidths far below distances.
     """
     M, N = K_qp.shape[-2:]
     A = K_qq + ridge * torch.eye(M, dtype=K_qq.dtype, device=K_qq.device)
@@ -178,8 +175,8 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
 def gan_critic(d_x, d_y):
     """A discriminator's loss, the mean of -log s(d_x) plus the mean of -log(1 - s(d_y)): a scalar.
 
-    Logits d_x [N, 1] of data and d_y [M, 1] of samples, s the logistic function (Goodfellow et al. 2014, eq.
-    1). JuliaGRAM takes half of it, which Adam ignores.
+    Logits d_x [N, 1] of data and d_y [M, 1] of samples, s the logistic function. Goodfellow et al. 2014,
+    eq. 1; JuliaGRAM takes half of it, which Adam does not notice.
     """
     return F.softplus(-d_x).mean() + F.softplus(d_y).mean()
 
@@ -201,9 +198,8 @@ def frechet_distance(a, b):
     """Frechet distance of the Gaussians fitted to two sets of features, [N, D] and [M, D]; a float.
 
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (Heusel et al. 2017). For any factors S = F^T F the last
-    trace is the nuclear norm of F_a F_b^T, so nobody has to take the root of a matrix that is not symmetric:
-    F is a symmetric root of S up to rotation, or the centred features where N < D. Biased: compare at equal
-    N.
+    trace is the nuclear norm of F_a F_b^T, so no root of a matrix that is not symmetric has to be taken: F
+    is the root of S up to a rotation, or the centred features where N < D. Biased: compare at equal N only.
     """
     def moments(x):
         x = x.double()
@@ -223,8 +219,7 @@ def kid(a, b, subsets=100, size=1000, seed=0):
     """KID of two sets of features [N, D] and [M, D]: unbiased squared MMD under (a.b / D + 1)^3; (mean, std).
 
     Mean and std over random subsets, drawn without replacement, of `size` or as many as the smaller set has;
-    the std is of one subset, not of the mean. Unbiased, so never clamped at 0 (Binkowski et al. 2018, section
-    4).
+    the std is of one subset, not of the mean. Unbiased, so never clamped (Binkowski et al. 2018, sec. 4).
     """
     a, b = a.double(), b.double()
     size, rng = min(size, len(a), len(b)), torch.Generator().manual_seed(seed)
@@ -348,8 +343,7 @@ def draw_mixture(centres, std, n, rng):
 def mode_coverage(y, centres, std, least=0.02):
     """Modes covered, an int, and the share of samples within 3 std of a mode, a float.
 
-    y [N, D], centres [modes, D]. A mode is covered if at least the share `least` of all samples lies within 3
-    std of it.
+    y [N, D], centres [modes, D]. Covered means that the share `least` of all samples or more is within 3 std.
     """
     distance, mode = torch.cdist(y, centres).min(1)
     near = distance < 3 * std
@@ -389,7 +383,10 @@ def load_images(name, split, folder):
 
 
 def read_array(path, shape=(3, None, None)):
-    """A uint8 tensor [N, *shape] mapping a .npy file, None: any size; exits with a message if it is not."""
+    """The uint8 array [N, *shape] of an .npy file, None for any size, as a tensor that maps the file.
+
+    Exits with a message if the file holds no such array.
+    """
     wanted = f"expected uint8 [N, {', '.join(str(s or 'any') for s in shape)}] with N of 2 or more"
     try:
         array = np.load(path, mmap_mode="c")        # c: torch wants writable memory, the file stays as it is
@@ -467,8 +464,8 @@ def extract(features, images, device, batch=250):
 def score(images, reference, features, device):
     """Distances of uint8 images [N, 3, H, W] to a reference's features [M, D], as a dict.
 
-    fd: Frechet distance; kid, kid_std: KID, and its std over subsets; features: the network's name; samples:
-    N; reference: M.
+    fd: Frechet distance. kid, kid_std: KID, its std over subsets. features: the network's name. samples: N.
+    reference: M.
     """
     found = extract(features, images, device)
     kid_mean, kid_std = kid(found, reference)
@@ -545,8 +542,7 @@ def tensors(tree, path=()):
 def restoring(state):
     """Give every tensor of a run's state its value back, in place, when the block ends.
 
-    What the block created becomes 0: the moments and step counts of an optimizer that made its first step in
-    it.
+    What the block created becomes 0: moments and step counts of an optimizer that made its first step there.
     """
     before = {path: tensor.clone() for path, tensor in tensors(state_dicts(state)).items()}
     yield
@@ -705,8 +701,7 @@ def read_checkpoint(folder, settings):
 def load(folder, state, settings):
     """Bring a run's state to FOLDER/checkpoint.pt and return its step, 0 if absent; always before capture().
 
-    An optimizer's load_state_dict swaps the very tensors that a graph has burnt in. Exits as read_checkpoint
-    does.
+    An optimizer's load_state_dict swaps the tensors that a graph has burnt in. Exits as read_checkpoint does.
     """
     kept = read_checkpoint(folder, settings)
     if kept is None:
@@ -742,7 +737,8 @@ class Log:
         rows = [["step", *self.columns, "seconds"]]
         if step and os.path.exists(self.path):
             with open(self.path, newline="") as file:
-                rows += [row for row in list(csv.reader(file))[1:] if int(row[0]) <= step]
+                whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(rows[0])]
+            rows += [row for row in whole if int(row[0]) <= step]
         with replacing(self.path) as file:
             file.write("".join(",".join(row) + "\n" for row in rows).encode())
         self.step, self.clock = step, time.perf_counter()
