@@ -1,7 +1,7 @@
 """CIFAR-10 in Generative Ratio Matching Networks (ICLR 2020), Table 1: GRAM, GAN, MMD-net; DCGAN networks.
 
     python cifar.py --method gram --features FILE.pt2       under 2 minutes on an H200, an hour on a CPU core
-    python cifar.py --method gram gram-eq9 gan mmdnet --seeds 3 --features FILE.pt2     side by side, 5 minutes
+    python cifar.py --method gram gram-eq9 gan mmdnet --seeds 3 --features FILE.pt2    side by side, 5 minutes
 
 Expect a Frechet distance of 47 ± 3 from gram on EfficientNet-Lite0 features (FID has others; see README.md).
 A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json.
@@ -29,80 +29,73 @@ LOG_EVERY = 200
 GRID_EVERY = 10_000
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
 
-# critic: its widths. loss: the critic's and the generator's (common.gram_objective, mmd2, gan_critic, ...).
-# joint: both gradients at the same weights (GRAM, Algorithm 1), else the critic steps first (GAN; GRAMFlow).
-# lr: Adam's; 5e-5 is the paper's, 1e-4 GRAMFlow's, 1e-3 JuliaGRAM's for MMD-nets. fid: the paper's, Table 1.
+# critic: its widths. form: what it maximises (common.gram_objective, or a GAN's objective). lr: Adam's; 5e-5
+# is the paper's, 1e-4 GRAMFlow's, 1e-3 JuliaGRAM's for MMD-nets.
 METHODS = {
-    "gram":      dict(critic=FULL, loss=("flow", "mmd2"), joint=True,  lr=1e-4, fid="24.85 ± 0.94"),
-    "gram-eq9":  dict(critic=FULL, loss=("sum", "mmd2"),  joint=True,  lr=5e-5, fid="24.85 ± 0.94"),
-    "gram-clip": dict(critic=FULL, loss=("clip", "mmd2"), joint=True,  lr=5e-5, fid="-"),
-    "gan":       dict(critic=FULL, loss=("gan", "gan"),   joint=False, lr=1e-4, fid="26.82 ± 0.49"),
-    "mmdnet":    dict(critic=None, loss=(None, "mmd"),    joint=False, lr=1e-3, fid="-"),
-    "gram-weak": dict(critic=WEAK, loss=("flow", "mmd2"), joint=True,  lr=1e-4, fid="24.82 ± 0.62"),
-    "gan-weak":  dict(critic=WEAK, loss=("gan", "gan"),   joint=False, lr=1e-4, fid="31.64 ± 2.10"),
+    "gram":      dict(critic=FULL, form="flow", lr=1e-4),
+    "gram-eq9":  dict(critic=FULL, form="sum",  lr=5e-5),
+    "gram-clip": dict(critic=FULL, form="clip", lr=5e-5),
+    "gan":       dict(critic=FULL, form="gan",  lr=1e-4),
+    "mmdnet":    dict(critic=None, form=None,   lr=1e-3),
+    "gram-weak": dict(critic=WEAK, form="flow", lr=1e-4),
+    "gan-weak":  dict(critic=WEAK, form="gan",  lr=1e-4),
 }
+PAPER = {"gram": "24.85 ± 0.94", "gram-eq9": "24.85 ± 0.94", "gan": "26.82 ± 0.49",     # FID, Table 1
+         "gram-weak": "24.82 ± 0.62", "gan-weak": "31.64 ± 2.10"}
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r")
 
 
 def networks(row):
     """Generator, and critic or None, of a row of METHODS."""
     g = common.dcgan_generator(Z, GENERATOR, 3)
-    out = 1 if row["loss"] == ("gan", "gan") else K
+    out = 1 if row["form"] == "gan" else K
     return g, common.dcgan_critic(3, row["critic"], out) if row["critic"] else None
 
 
 def train(method, seed, folder, settings, steps, device, images):
     """One run: a generator function that yields after each generator update and returns the run's result."""
     row = METHODS[method]
-    form_f, form_g = row["loss"]
     torch.manual_seed(seed)
-    g, f = (network and network.to(device) for network in networks(row))
+    g, f = networks(row)
+    g.to(device)
     opt_g = common.adam(g, row["lr"], BETAS)
-    opt_f = common.adam(f, row["lr"], BETAS) if f else None
     rng = torch.Generator(device).manual_seed(seed)
     log = common.Log(folder, COLUMNS, steps, device)
+    state = dict(g=g, opt_g=opt_g, rng=rng, log=log)
+    if f is not None:
+        f.to(device)
+        opt_f = common.adam(f, row["lr"], BETAS)
+        state |= dict(f=f, opt_f=opt_f)
     sigma = torch.tensor(SIGMA, dtype=torch.float32, device=device)
 
-    def compare(x, y):
-        """What losses are made of: a GAN's logits, else Gram matrices of critic's outputs or pixels."""
-        h_x, h_y = (f(x), f(y)) if f else (x.flatten(1), y.flatten(1))
-        if form_f == "gan":
-            return h_x, h_y
+    def gram(h_x, h_y):
         return common.gram(lambda a, b: common.gaussian(a, b, sigma), h_x, h_y)
-
-    def critic_loss(seen):
-        """The critic's loss, and what its density ratio tells: Pearson divergence and mean."""
-        if form_f == "gan":
-            return common.gan_critic(*seen), None, None
-        objective, r = common.gram_objective(*seen, form_f, RIDGE, LAMBDA)
-        return -objective, common.pearson(r), r.mean()
-
-    def generator_loss(seen):
-        if form_g == "gan":
-            return common.gan_generator(seen[1])
-        return common.mmd(*seen) if form_g == "mmd" else common.mmd2(*seen)
 
     def update():
         x = common.draw_images(images, BATCH, rng)
         y = g(common.uniform_noise(BATCH, Z, rng))
-        if row["joint"]:
-            seen = compare(x, y)
-            (loss_f, *ratio), loss_g = critic_loss(seen), generator_loss(seen)
-            common.descend((opt_f, loss_f), (opt_g, loss_g))
-        else:
-            loss_f, *ratio = critic_loss(compare(x, y.detach())) if f else (None, None, None)
-            if f:
-                common.descend((opt_f, loss_f))
-            loss_g = generator_loss(compare(x, y))
+        if f is None:                   # MMD-net: a fixed kernel on the pixels
+            loss_g = common.mmd(*gram(x.flatten(1), y.flatten(1)))
             common.descend((opt_g, loss_g))
-        log.add(loss_f, loss_g, *ratio)
+            log.add(None, loss_g, None, None)
+        elif row["form"] == "gan":      # alternating: the generator sees the critic after its step
+            loss_f = common.gan_critic(f(x), f(y.detach()))
+            common.descend((opt_f, loss_f))
+            loss_g = common.gan_generator(f(y))
+            common.descend((opt_g, loss_g))
+            log.add(loss_f, loss_g, None, None)
+        else:                           # GRAM, Algorithm 1, simultaneous: one K, both gradients, both steps
+            K_all = gram(f(x), f(y))
+            objective, r = common.gram_objective(*K_all, row["form"], RIDGE, LAMBDA)
+            loss_g = common.mmd2(*K_all)
+            common.descend((opt_f, -objective), (opt_g, loss_g))
+            log.add(-objective, loss_g, common.pearson(r), r.mean())
 
     @torch.no_grad()
-    def sample(n):      # the same noise always; batch norm by the statistics of 500 (common.batch_norm)
+    def sample(n):      # of the same noise always; batch norm by at most 500 at a time (common.batch_norm)
         z = common.uniform_noise(n, Z, torch.Generator().manual_seed(0)).to(device)
         return torch.cat([common.to_bytes(g(part)) for part in z.split(500)]).cpu()
 
-    state = dict(g=g, opt_g=opt_g, rng=rng, log=log) | (dict(f=f, opt_f=opt_f) if f else {})
     step = common.load(folder, state, settings)
     update = common.capture(update, state)
     log.start(step)
@@ -123,19 +116,20 @@ def train(method, seed, folder, settings, steps, device, images):
 
 
 def report(methods, results, data):
-    """The table of all runs beside the paper's: Frechet distance and KID, mean ± std over seeds."""
-    rows, done = [], [result for result in results if isinstance(result, dict)]
+    """The table of the runs, scores as mean ± std over seeds, beside the paper's."""
+    rows = []
     for method in dict.fromkeys(methods):
         own = [result for name, result in zip(methods, results) if name == method]
-        failed = [f"seed {seed} {error}" for seed, error in enumerate(own) if not isinstance(error, dict)]
-        scored = [result for result in own if isinstance(result, dict) and "fd" in result]
-        updates = {f"{result['updates']:,}" for result in own if isinstance(result, dict)}
-        finished = "; ".join([f"{len(own) - len(failed)} of {len(own)}", *failed])
-        rows.append([method, " ".join(updates) or "-", finished,
-                     common.spread([result["fd"] for result in scored]),
-                     common.spread([1_000 * result["kid"] for result in scored]), METHODS[method]["fid"]])
-    name = next((f"FD, {result['features']}" for result in done if "fd" in result), "not scored")
-    head = ["method", "updates", "seeds finished", name, "1,000 KID", "FID in the paper"]
+        done = [result for result in own if isinstance(result, dict)]
+        failed = [f"seed {seed} {result}" for seed, result in enumerate(own) if result not in done]
+        finished = "; ".join([f"{len(done)} of {len(own)}", *failed])
+        row = [method, f"{done[0]['updates']:,}" if done else "-", finished]
+        for key, scale in (("fd", 1), ("kid", 1_000)):
+            row.append(common.spread([scale * result[key] for result in done if key in result]))
+        rows.append([*row, PAPER.get(method, "-")])
+    names = {result["features"] for result in results if isinstance(result, dict) and "features" in result}
+    distance = f"FD, {names.pop()}" if names else "FD, not scored"
+    head = ["method", "updates", "seeds finished", distance, "1,000 KID", "FID in the paper"]
     return f"{SAMPLES:,} samples against {data}; mean ± std over seeds\n\n{common.table(head, rows)}"
 
 
@@ -166,13 +160,10 @@ def main(argv=None):
         print(f"{folder}: {result['updates']:,} updates, grids, samples.npy, checkpoint.pt, result.json")
     if not features:
         print(f"to score the samples: {command}{'' if args.resume else ' --resume'} --features FILE.pt2")
-    text = report([method for method, *_ in runs], results, f"the {len(test):,} test images")
-    with common.replacing(f"{args.out}/cifar.md") as file:
-        file.write(f"`{command}`, {common.machine(device)['device']}\n\n{text}\n".encode())
-    print(f"\n{text}")
+    print(f"\n{report([method for method, *_ in runs], results, f'the {len(test):,} test images')}")
     if all(isinstance(result, FloatingPointError) for result in results):
         sys.exit("no run finished")
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

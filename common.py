@@ -10,7 +10,7 @@ Where each equation stands ("GRAM": Generative Ratio Matching Networks, ICLR 202
     gaussian         k(x, y) = exp(-|x - y|^2 / 2 sigma^2)       Li et al. 2017, section 3
     gram             K_xx, K_xy, K_yy from one evaluation of k   GRAM, Algorithm 1
     mmd2             squared MMD, biased or unbiased             GRAM, eq. 2, 10; Gretton et al. 2012, eq. 3
-    mmd              its square root, with a slope at 0          JuliaGRAM, src/mmd_utilities.jl
+    mmd              its square root, with a slope at 0          JuliaGRAM 44159b2
     density_ratio    r = K_qq^-1 K_qp 1                          GRAM, eq. 8
     pearson          mean((r - 1)^2)                             GRAM, eq. 7
     gram_objective   what GRAM's critic maximises, four forms    GRAM, eq. 9, footnote 3; JuliaGRAM; GRAMFlow
@@ -33,11 +33,10 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -79,7 +78,9 @@ def gram(kernel, x, y):
     Returns K_xx [S, N, N], K_xy [S, N, M], K_yy [S, M, M].
     """
     both, sizes = torch.cat([x, y]), [len(x), len(y)]
-    (K_xx, K_xy), (_, K_yy) = (rows.split(sizes, -1) for rows in kernel(both, both).split(sizes, -2))
+    rows_x, rows_y = kernel(both, both).split(sizes, -2)        # split, not slices: fewer kernels backwards
+    K_xx, K_xy = rows_x.split(sizes, -1)
+    _, K_yy = rows_y.split(sizes, -1)
     return K_xx, K_xy, K_yy
 
 
@@ -134,7 +135,8 @@ def density_ratio(K_qq, K_qp, ridge):
 def pearson(r):
     """Estimate mean((r - 1)^2) of the Pearson divergence from r = p / q at samples of q (GRAM, eq. 7).
 
-    Where r was fitted to the same points this is no lower bound: the estimator's variance raises it too.
+    Where r was fitted to the same points this is no lower bound: the estimator's variance raises it too. From
+    r = q / p at data it estimates the divergence with p and q exchanged.
     """
     return (r - 1).square().mean()
 
@@ -287,9 +289,8 @@ def dcgan_critic(channels, widths, out):
     """DCGAN critic: images [N, channels, 32, 32] to [N, out].
 
     GRAM, Tables 6 and 7, with widths (32, 64, 128) and (32, 32, 64): convolutions of 4x4 and stride 2, each
-    with batch norm and LeakyReLU 0.2, then a linear layer. The first convolution has its batch norm too, as
-    the paper's text can be read and GRAMFlow does not have it; GRAM gains more from it than from any other
-    change.
+    with batch norm and LeakyReLU 0.2, then a linear layer. The paper says that the critic has batch norm, not
+    where; GRAMFlow has none behind the first convolution.
     """
     layers = []
     for a, b in zip([channels, *widths], widths):
@@ -371,8 +372,11 @@ def load_images(name, split, folder):
         try:
             data = source(f"{folder}/torchvision", train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                os.rmdir(f"{folder}/torchvision")       # if it is empty
+            wanted = f"uint8 array [N, {', '.join(map(str, shape))}]"
             sys.exit(f"{path}: not there, and torchvision cannot download {name} ({first_line(error)})\n"
-                     f"go online, put a uint8 array {['N', *shape]} there, or name its folder with --data")
+                     f"go online, put a {wanted} there, or name its folder with --data")
         images = np.asarray(data.data)                          # [N, H, W] or [N, H, W, C]
         images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
         with replacing(f"{folder}/{name}-{split}-labels.npy") as file:
@@ -389,7 +393,7 @@ def read_array(path, shape=(3, None, None)):
     """
     wanted = f"expected uint8 [N, {', '.join(str(s or 'any') for s in shape)}] with N of 2 or more"
     try:
-        array = np.load(path, mmap_mode="c")        # c: torch wants writable memory, the file stays as it is
+        array = np.lib.format.open_memmap(path, "c")    # c: writable for torch, and the file stays as it is
     except (OSError, ValueError, EOFError) as error:
         sys.exit(f"{path}: no whole .npy file ({first_line(error)}), {wanted}; "
                  "copy it again, or delete it to have it built anew")
@@ -408,7 +412,12 @@ def read_images(path):
     if not os.path.isdir(path):
         return read_array(path)
     names = sorted(n for n in glob.glob(f"{path}/*") if n.lower().endswith((".png", ".jpg", ".jpeg")))
-    images = [pil_to_tensor(torchvision.datasets.folder.default_loader(name)) for name in names]
+    images = []
+    for name in names:
+        try:
+            images.append(pil_to_tensor(torchvision.datasets.folder.default_loader(name)))
+        except OSError as error:
+            sys.exit(f"{name}: no whole image ({first_line(error)}); replace or remove it")
     sizes = sorted({tuple(image.shape[1:]) for image in images})
     if len(images) < 2 or len(sizes) > 1:
         sys.exit(f"{path}: found {len(images)} .png and .jpg files, sizes {sizes}, expected two of one size")
@@ -445,12 +454,16 @@ def load_features(path, device):
             torch.backends.cudnn.conv.fp32_precision = before
         return out if torch.is_tensor(out) else out[0]
 
-    try:
-        found = list(features(torch.zeros(2, 3, 32, 32, dtype=torch.uint8, device=device)).shape)
-    except Exception as error:
-        sys.exit(f"{path}: fails on two images, uint8 [2, 3, 32, 32] ({first_line(error)}); {wanted}")
-    if len(found) != 2 or found[0] != 2:
-        sys.exit(f"{path}: features of two images have the shape {found}; {wanted}")
+    for n in (2, 3):            # a network exported without a dynamic batch takes one of them only
+        images = torch.arange(n * 3072, dtype=torch.int32).byte().view(n, 3, 32, 32)
+        try:
+            found = features(images.to(device))
+            finite = bool(found.isfinite().all())
+        except Exception as error:
+            sys.exit(f"{path}: fails on {n} images, uint8 [{n}, 3, 32, 32] ({first_line(error)}); {wanted}")
+        if found.ndim != 2 or len(found) != n or not finite:
+            sys.exit(f"{path}: features of {n} images have the shape {list(found.shape)} and are "
+                     f"{'' if finite else 'not '}finite; {wanted}")
     features.name = os.path.basename(path).removesuffix(".pt2").removeprefix("features-")
     return features
 
@@ -493,7 +506,8 @@ def setup(device):
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
+        assert device.type in ("cpu", "cuda"), device.type
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device {name}: PyTorch {torch.__version__} cannot use it ({first_line(error)})\n"
                  "expected cpu, or cuda on a machine with a CUDA GPU")
@@ -581,28 +595,24 @@ def capture(update, state):
 def interleave(runs):
     """Advance generators in turn, each on a CUDA stream of its own, and return the list of what they return.
 
-    A run that raises FloatingPointError ends alone and has the error for its result; Ctrl-C ends all of them.
+    A run that raises FloatingPointError ends alone and has the error for its result.
     """
     cuda = torch.cuda.is_initialized()
     streams = [torch.cuda.Stream() if cuda else None for _ in runs]
     if cuda:
         torch.cuda.synchronize()        # the streams are about to read what this one has written
     results, active = [None] * len(runs), list(range(len(runs)))
-    try:
-        while active:
-            for i in list(active):
-                try:
-                    with torch.cuda.stream(streams[i]):
-                        next(runs[i])
-                    continue
-                except StopIteration as end:
-                    results[i] = end.value
-                except FloatingPointError as error:
-                    results[i] = error
-                active.remove(i)
-    except KeyboardInterrupt:
-        print("\nstopped; with --resume the same command goes on from the last checkpoints", file=sys.stderr)
-        sys.exit(130)
+    while active:
+        for i in list(active):
+            try:
+                with torch.cuda.stream(streams[i]):
+                    next(runs[i])
+                continue
+            except StopIteration as end:
+                results[i] = end.value
+            except FloatingPointError as error:
+                results[i] = error
+            active.remove(i)
     return results
 
 
@@ -656,22 +666,26 @@ def open_runs(out, script, namespace, methods, seeds, resume, device):
     """
     given = constants(namespace)
     show(**given, **machine(device))
+    sources = {os.path.basename(path): open(path, "rb").read() for path in (script, __file__)}
     runs = []
     for method, seed in itertools.product(dict.fromkeys(methods), range(seeds)):
         folder = f"{out}/{os.path.basename(script).removesuffix('.py')}-{method}-s{seed}"
         settings = dict(given, method=method, row=namespace["METHODS"][method], seed=seed, device=device.type)
         runs.append((method, seed, folder, json.loads(json.dumps(settings))))
-        make_folder(folder)
-        if resume:
-            read_checkpoint(folder, runs[-1][-1])
+    for _, _, folder, settings in runs if resume else ():
+        kept = read_checkpoint(folder, settings)
+        done = "no checkpoint, begins" if kept is None else "goes on"
+        print(f"{folder}: {done} at update {kept['step'] if kept else 0:,}")
     for _, _, folder, _ in runs:
+        make_folder(folder)
         if os.path.exists(f"{folder}/checkpoint.pt") and not resume:
             old = next(o for n in itertools.count(1) if not os.path.exists(o := f"{folder}-old-{n}"))
             os.rename(folder, old)
             os.mkdir(folder)
             print(f"{folder} held an earlier run, which is now {old}; --resume would have gone on with it")
-        for source in (script, __file__):
-            shutil.copy(source, folder)
+        for name, text in sources.items():
+            with replacing(f"{folder}/{name}") as file:
+                file.write(text)
     return runs
 
 
@@ -708,6 +722,9 @@ def load(folder, state, settings):
         return 0
     for name, s in state.items():
         (s.set_state if isinstance(s, torch.Generator) else s.load_state_dict)(kept["state"][name])
+        for group in s.param_groups if isinstance(s, torch.optim.Optimizer) else ():
+            if torch.is_tensor(group["lr"]):            # loaded to the CPU, and left there by load_state_dict
+                group["lr"] = group["lr"].to(group["params"][0].device)
     return kept["step"]
 
 
@@ -715,7 +732,8 @@ class Log:
     """Means of a run's scalars over intervals: for each a row of FOLDER/log.csv and of the terminal.
 
     columns: names of the scalars that add() takes; steps: updates of the run in all, for the time left. They
-    are summed on the device, inside the captured update, so a row costs one synchronisation.
+    are summed on the device, inside the captured update, so a row costs one synchronisation. A row of the
+    terminal has the means since the last one there, over as many rows of the file as there were.
     """
 
     def __init__(self, folder, columns, steps, device):
@@ -723,7 +741,7 @@ class Log:
         self.columns, self.steps = columns, steps
         self.sums = torch.zeros(len(columns) + 1, device=device)        # the last one counts the updates
         self.zero, self.one = torch.tensor([0.0, 1.0], device=device)
-        self.given, self.seconds = [], 0.0
+        self.given, self.seconds, self.unshown = [], 0.0, np.zeros(len(columns) + 1)
 
     def state_dict(self):
         return {"sums": self.sums, "seconds": self.seconds}
@@ -741,7 +759,7 @@ class Log:
             rows += [row for row in whole if int(row[0]) <= step]
         with replacing(self.path) as file:
             file.write("".join(",".join(row) + "\n" for row in rows).encode())
-        self.step, self.clock = step, time.perf_counter()
+        self.clock, self.shown = time.perf_counter(), (step, time.perf_counter())
 
     def add(self, *values):
         """Take in the scalars of an update, None for one that the method has not; no synchronisation."""
@@ -750,12 +768,11 @@ class Log:
 
     def row(self, step, shown=True):
         """Write the means since the last row; raises FloatingPointError if one is not finite."""
-        *sums, n = self.sums.tolist()
+        sums, now = np.array(self.sums.tolist()), time.perf_counter()
         self.sums.zero_()
-        means = [total / n if given else None for total, given in zip(sums, self.given)]
-        seconds = time.perf_counter() - self.clock
-        rate = (step - self.step) / seconds
-        self.step, self.clock, self.seconds = step, self.clock + seconds, self.seconds + seconds
+        self.unshown += sums
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        means = self.means(sums)
         for name, mean in zip(self.columns, means):
             if mean is not None and not math.isfinite(mean):
                 raise FloatingPointError(f"diverged at update {step:,}: {name} is {mean}")
@@ -763,9 +780,16 @@ class Log:
             values = ["" if mean is None else repr(mean) for mean in means]
             file.write(",".join([str(step), *values, f"{self.seconds:.2f}"]) + "\n")
         if shown:
+            means = self.means(self.unshown)
             cells = [f"{'-' if mean is None else format(mean, '.4g'):>11}" for mean in means]
+            rate = (step - self.shown[0]) / (now - self.shown[1])
             minutes, left = divmod(round((self.steps - step) / rate), 60)
             print(f"{self.name:<20}{step:>9,}{''.join(cells)}{rate:>11.1f}{minutes:>8}:{left:02}", flush=True)
+            self.unshown[:], self.shown = 0, (step, now)
+
+    def means(self, sums):
+        """Means, as floats, from sums whose last one counts; None for a scalar that the method has not."""
+        return [float(total / sums[-1]) if given else None for total, given in zip(sums, self.given)]
 
 
 def log_head(columns):
@@ -796,20 +820,34 @@ def flags(doc, methods, default, steps, images):
             raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of 1 or more")
         return int(text)
 
+    def folder(text):
+        return text or "."
+
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help explains the flags\n")
     add = parser.add_argument
     add("--method", nargs="+", default=[default], choices=list(methods), metavar="NAME",
         help=f"one or more of {', '.join(methods)} (default {default})")
     add("--seeds", type=positive, default=1, metavar="N", help="train with seeds 0 to N-1 (default 1)")
     add("--steps", type=positive, default=steps, metavar="N", help=f"generator updates (default {steps:,})")
-    add("--out", default="runs", metavar="DIR", help="where the folders of the runs go (default runs)")
+    add("--out", type=folder, default="runs", metavar="DIR", help="folder for the runs (default runs)")
     add("--resume", action="store_true", help="go on from the checkpoints of the runs")
     add("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
     if images:
-        add("--data", default="data", metavar="DIR", help="folder of the image arrays (default data)")
+        add("--data", type=folder, default="data", metavar="DIR", help="folder of the arrays (default data)")
         add("--features", metavar="FILE", help="network to score with: a torch.export file (.pt2) from uint8 "
                                                "[N, 3, H, W] to features [N, D]")
     return parser
+
+
+def run(main):
+    """Call a script's main(); Ctrl-C ends it in words."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; with --resume the same command goes on from the last checkpoints, if there are any",
+              file=sys.stderr)
+        sys.exit(130)
 
 
 def command(script, argv):

@@ -103,14 +103,15 @@ def figure_1(folder, result):
         top, bottom = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
         common.scatter_panel(top, p["x"], p["y"], f"update {step:,}: data space")
         common.scatter_panel(bottom, p["f_x"], p["f_y"], "critic's space")
-        top.legend(fontsize=7, markerscale=3)
+    figure.axes[0].legend(fontsize=7, markerscale=3)
     trace = common.read_log(folder)
+    eq_7 = "r = q / p at data" if METHODS[result["method"]]["form"] == "flow" else "eq. 7"
     left = figure.add_subplot(grid[2, :2])
     right = figure.add_subplot(grid[2, 2:], sharey=left)
     for axes, part in ((left, trace["step"] <= 100), (right, trace["step"] >= 100)):
         common.curve_panel(axes, trace["step"][part], {
             "generator's loss, eq. 10": trace["loss_g"][part],
-            "Pearson divergence estimate mean((r - 1)$^2$), eq. 7": trace["pearson"][part]})
+            f"Pearson divergence estimate mean((r - 1)$^2$), {eq_7}": trace["pearson"][part]})
     right.legend(fontsize=7)
     figure.suptitle(f"{result['method']}, {result['updates']:,} updates: {result['modes']} of {MODES} modes, "
                     f"{result['share']:.3f} of the samples within 3 std of a mode", fontsize=11)
@@ -122,6 +123,7 @@ def figure_1(folder, result):
 def main(argv=None):
     args = common.flags(__doc__, METHODS, "gram", STEPS, images=False).parse_args(argv)
     device = common.setup(args.device)
+    torch.set_num_threads(1)            # the matrices are too small to share between cores
     runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume, device)
     g, f = networks()
     print(f"generator of {common.count(g):,} parameters, critic of {common.count(f):,}")
@@ -141,4 +143,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -29,12 +29,14 @@ class Features(nn.Module):
     def forward(self, images):
         mean = images.float().mean((2, 3)) / 255
         features = torch.cat([mean, mean.square()], 1)
-        return {"plain": features, "tuple": (features, mean), "image": features[:, :, None, None]}[self.kind]
+        return {"plain": features, "tuple": (features, mean), "image": features[:, :, None, None],
+                "nan": (features - 1).log()}[self.kind]
 
 
-def export(path, kind="tuple"):
+def export(path, kind="tuple", dynamic=True):
+    """Write a small feature network where --features finds it; returns the path as text."""
     example = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(Features(kind), (example,), dynamic_shapes=({0: batch},))
+    shapes = ({0: torch.export.Dim("batch", min=2)},) if dynamic else None
+    program = torch.export.export(Features(kind), (example,), dynamic_shapes=shapes)
     torch.export.save(program, str(path))
     return str(path)

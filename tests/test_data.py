@@ -85,7 +85,9 @@ def test_wrong_arrays(tmp_path, array, found):
 
 def test_broken_arrays(tmp_path):
     path = write(tmp_path, np.zeros((4, 3, 32, 32), np.uint8))
-    for content in (open(path, "rb").read()[:5000], b"", b"no array at all"):
+    np.savez(tmp_path / "several.npz", a=np.zeros(3), b=np.zeros(3))
+    several = (tmp_path / "several.npz").read_bytes()
+    for content in (open(path, "rb").read()[:5000], b"", b"no array at all", several):
         open(path, "wb").write(content)
         with says("cifar10-train.npy", "no whole .npy file", "copy it again"):
             common.load_images("cifar10", "train", str(tmp_path))
@@ -115,6 +117,7 @@ def test_arrays_are_built_from_torchvision(tmp_path, monkeypatch, capsys):
 
 def test_download_that_fails(tmp_path, monkeypatch):
     def offline(root, train, download):
+        os.makedirs(root)
         raise OSError("no route to host")
     monkeypatch.setattr(common, "SETS", {"cifar10": (offline, (3, 32, 32))})
     with says("cifar10-train.npy", "no route to host", "--data"):
@@ -130,6 +133,9 @@ def test_folders_of_images(tmp_path):
     assert torch.equal(read, images)
     common.save_grid(f"{tmp_path}/4.png", images[:1, :, :9], 1)
     with says("found 4 .png and .jpg files", "(9, 24), (20, 24)"):
+        common.read_images(str(tmp_path))
+    (tmp_path / "4.png").write_bytes((tmp_path / "0.png").read_bytes()[:200])
+    with says("4.png", "no whole image"):
         common.read_images(str(tmp_path))
     (tmp_path / "empty").mkdir()
     with says("found 0 .png and .jpg files"):
@@ -160,6 +166,10 @@ def test_files_that_are_no_feature_network(tmp_path):
     cpu = torch.device("cpu")
     with says("rank.pt2", "[2, 6, 1, 1]", "[N, D]"):
         common.load_features(export(tmp_path / "rank.pt2", "image"), cpu)
+    with says("nan.pt2", "not finite"):
+        common.load_features(export(tmp_path / "nan.pt2", "nan"), cpu)
+    with says("two.pt2", "fails on 3 images"):
+        common.load_features(export(tmp_path / "two.pt2", "plain", dynamic=False), cpu)
     torch.save({"weights": torch.zeros(3)}, tmp_path / "weights.pt2")
     (tmp_path / "text.pt2").write_text("no archive")
     for name in ("weights.pt2", "text.pt2", "missing.pt2"):

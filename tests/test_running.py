@@ -112,11 +112,10 @@ def test_a_run_that_diverges_ends_alone():
 
 
 def test_ctrl_c_ends_with_a_word(capsys):
-    def run():
-        yield
+    def main():
         raise KeyboardInterrupt
     with pytest.raises(SystemExit) as end:
-        common.interleave([run()])
+        common.run(main)
     assert end.value.code == 130 and "--resume" in capsys.readouterr().err
 
 
@@ -150,14 +149,15 @@ def test_log(tmp_path, capsys):
     for step, values in enumerate([(1.0, 2.0), (3.0, 6.0), (5.0, 5.0)], 1):
         log.add(*map(torch.tensor, values))
         if step != 1:
-            log.row(step)
+            log.row(step, shown=step == 2)
     read = common.read_log(tmp_path)
     assert {name: read[name].tolist() for name in ("step", "loss_f", "loss_g")} == {
         "step": [2, 3], "loss_f": [2, 5], "loss_g": [4, 5]}
-    assert "3" in capsys.readouterr().out
+    assert capsys.readouterr().out.split()[1:4] == ["2", "2", "4"]
     log.add(None, torch.tensor(1.0))
-    log.row(4, shown=False)
-    assert np.isnan(common.read_log(tmp_path)["loss_f"][-1]) and capsys.readouterr().out == ""
+    log.row(4)
+    assert np.isnan(common.read_log(tmp_path)["loss_f"][-1])
+    assert capsys.readouterr().out.split()[1:4] == ["4", "-", "3"]     # both rows since the last shown
     log.add(torch.tensor(1.0), torch.tensor(float("inf")))
     log.add(torch.tensor(1.0), torch.tensor(1.0))
     with pytest.raises(FloatingPointError, match="diverged at update 6: loss_g is inf"):
@@ -233,7 +233,7 @@ def test_wrong_flags(wrong, capsys):
 
 def test_devices():
     assert common.setup("cpu").type == "cpu"
-    for name in ("abacus", "cuda") if not torch.cuda.is_available() else ("abacus",):
+    for name in ("abacus", "meta", "cuda") if not torch.cuda.is_available() else ("abacus", "meta"):
         with says(f"--device {name}", "expected cpu, or cuda"):
             common.setup(name)
 
