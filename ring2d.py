@@ -1,9 +1,9 @@
 """Figure 1 of Generative Ratio Matching Networks (ICLR 2020): a generator learns a ring of eight Gaussians.
 
-    python ring2d.py                                        45 seconds on two CPU cores
+    python ring2d.py                                        45 seconds on a CPU core
     python ring2d.py --method gram gram-clip --seeds 3      two forms of the critic's objective, three seeds
 
-Expect 8 of 8 modes, and 0.92 of the samples within 3 std of a mode (of data: 0.989). A run goes to
+Expect 8 of 8 modes, and 0.88 to 0.90 of the samples within 3 std of a mode (of data: 0.989). A run goes to
 runs/ring2d-METHOD-sSEED/: figure1.png, points-UPDATE.npz, log.csv, checkpoint.pt, result.json.
 """
 import os
@@ -32,10 +32,10 @@ TRACE_EVERY = 10                    # rows in log.csv after the 100th update, on
 SAVE_EVERY = 1_000                  # a multiple of TRACE_EVERY: what is saved has been seen to be finite
 
 METHODS = {     # what the critic maximises (common.gram_objective); the generator minimises eq. 10
-    "gram":      dict(form="sum"),      # eq. 9, the paper's, and the best of the four in two dimensions
+    "gram":      dict(form="sum"),      # eq. 9, the paper's; in two dimensions it does as well as the next two
     "gram-mean": dict(form="mean"),
     "gram-clip": dict(form="clip"),
-    "gram-flow": dict(form="flow"),     # the form for images
+    "gram-flow": dict(form="flow"),     # what trains on images, behind the others here (README.md)
 }
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r")
 

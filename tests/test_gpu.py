@@ -87,6 +87,14 @@ def test_learning_rate_changes_without_a_new_capture():
     assert not torch.equal(start, moved) and torch.equal(moved, stopped)
 
 
+def test_a_loaded_learning_rate_is_on_the_gpu(tmp_path):
+    network = common.mlp(4, 8, 1).to("cuda")
+    state = dict(network=network, optimizer=common.adam(network, 1e-2, (0.5, 0.9)))
+    common.save(tmp_path, 1, state, {})
+    assert common.load(tmp_path, state, {}) == 1
+    assert state["optimizer"].param_groups[0]["lr"].is_cuda
+
+
 def test_network_precision():
     """Convolutions in TF32, matrix products in full float32: 1e-3 against 1e-6 relative error."""
     a = torch.randn(256, 256, device="cuda")
