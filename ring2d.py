@@ -32,7 +32,7 @@ TRACE_EVERY = 10                    # rows in log.csv after the 100th update, on
 SAVE_EVERY = 1_000                  # a multiple of TRACE_EVERY: what is saved has been seen to be finite
 
 METHODS = {     # what the critic maximises (common.gram_objective); the generator minimises eq. 10
-    "gram":      dict(form="sum"),      # eq. 9, the paper's; in two dimensions it does as well as the next two
+    "gram":      dict(form="sum"),      # eq. 9, the paper's; on the ring it does as well as the next two
     "gram-mean": dict(form="mean"),
     "gram-clip": dict(form="clip"),
     "gram-flow": dict(form="flow"),     # what trains on images, behind the others here (README.md)
