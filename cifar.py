@@ -121,7 +121,7 @@ def report(methods, results, data):
     for method in dict.fromkeys(methods):
         own = [result for name, result in zip(methods, results) if name == method]
         done = [result for result in own if isinstance(result, dict)]
-        failed = [f"seed {seed} {result}" for seed, result in enumerate(own) if result not in done]
+        failed = [f"seed {seed} {end}" for seed, end in enumerate(own) if isinstance(end, FloatingPointError)]
         finished = "; ".join([f"{len(done)} of {len(own)}", *failed])
         row = [method, f"{done[0]['updates']:,}" if done else "-", finished]
         for key, scale in (("fd", 1), ("kid", 1_000)):

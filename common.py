@@ -42,7 +42,6 @@ import numpy as np
 import torch
 import torch.export.passes
 import torchvision
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -506,8 +505,9 @@ def setup(device):
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()
-        assert device.type in ("cpu", "cuda"), device.type
+        torch.zeros(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"a device of type {device.type}")
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device {name}: PyTorch {torch.__version__} cannot use it ({first_line(error)})\n"
                  "expected cpu, or cuda on a machine with a CUDA GPU")

@@ -6,11 +6,11 @@
 Expect 8 of 8 modes, and 0.88 to 0.90 of the samples within 3 std of a mode (of data: 0.989). A run goes to
 runs/ring2d-METHOD-sSEED/: figure1.png, points-UPDATE.npz, log.csv, checkpoint.pt, result.json.
 """
-import os
 import sys
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import common
 
@@ -95,7 +95,7 @@ def train(method, seed, folder, settings, steps, device):
 
 def figure_1(folder, result):
     """Figure 1: both spaces during training, and the traces of both objectives."""
-    figure = common.Figure(figsize=(10, 8.2), layout="constrained")
+    figure = Figure(figsize=(10, 8.2), layout="constrained")
     grid = figure.add_gridspec(3, 4)
     shown = [step for step in PANELS if step <= result["updates"]]
     for column, step in enumerate(shown):
@@ -103,7 +103,8 @@ def figure_1(folder, result):
         top, bottom = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
         common.scatter_panel(top, p["x"], p["y"], f"update {step:,}: data space")
         common.scatter_panel(bottom, p["f_x"], p["f_y"], "critic's space")
-    figure.axes[0].legend(fontsize=7, markerscale=3)
+        if column == 0:
+            top.legend(fontsize=7, markerscale=3)
     trace = common.read_log(folder)
     eq_7 = "r = q / p at data" if METHODS[result["method"]]["form"] == "flow" else "eq. 7"
     left = figure.add_subplot(grid[2, :2])

@@ -86,7 +86,7 @@ def test_every_row_of_cifar(capsys):
     assert "mmdnet: generator of 5,827 parameters, critic of 0" in printed
 
 
-def test_rows_differ_only_in_what_they_say():
+def test_both_players_take_every_step():
     """As many steps of the critic, where there is one, as of the generator; all weights of both move."""
     run_cifar("--method", *METHODS, "--steps", 4)
     for method, row in METHODS.items():
@@ -194,11 +194,15 @@ def test_every_row_of_ring2d(capsys):
         assert 0 <= result["modes"] <= 8 and 0 <= result["share"] <= 1 and result["samples"] == 500
 
 
+def test_a_ring_that_ends_before_its_first_panel():
+    run_ring("--steps", 1)
+    assert os.path.exists("runs/ring2d-gram-s0/figure1.png")
+
+
 def test_ring2d_learns_within_a_few_updates():
-    """300 real updates: the squared MMD to the data falls, the samples spread to the ring's size."""
+    """300 real updates: the samples spread from around the origin to the ring's size."""
     run_ring("--steps", 300)
-    first, last = (np.load(f"runs/ring2d-gram-s0/points-{step}.npz") for step in (2, 6))
-    assert np.abs(first["y"]).max() < 2
+    assert np.abs(np.load("runs/ring2d-gram-s0/points-2.npz")["y"]).max() < 2
     state = torch.load("runs/ring2d-gram-s0/checkpoint.pt", weights_only=True)["state"]["g"]
     g = common.mlp(ring2d.Z, *ring2d.HIDDEN, 2)
     g.load_state_dict(state)
