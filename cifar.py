@@ -134,7 +134,7 @@ def report(methods, results, data):
 
 
 def main(argv=None):
-    args = common.flags(__doc__, METHODS, "gram", STEPS, images=True).parse_args(argv)
+    args = common.flags(__doc__, METHODS, ["gram"], STEPS, images=True).parse_args(argv)
     device = common.setup(args.device)
     features = common.load_features(args.features, device) if args.features else None
     images, test = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))

@@ -25,6 +25,7 @@ another quantity, the divergence between p and q that the density ratio in its s
 them there matches them everywhere.
 """
 import argparse
+import copy
 import csv
 import glob
 import itertools
@@ -42,6 +43,7 @@ import numpy as np
 import torch
 import torch.export.passes
 import torchvision
+from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -52,31 +54,33 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 
 def squared_distances(x, y):
-    """|x_i - y_j|^2 for all pairs, never negative: [N, D] and [M, D] to [N, M].
+    """|x_i - y_j|^2 for all pairs, never negative: [..., N, D] and [..., M, D] to [..., N, M].
 
-    |x|^2 + |y|^2 - 2 x.y takes one matrix product in place of N M D differences, but cancels far from the
-    origin. Distances do not change when both sets are moved, so their common mean is taken off first.
+    |x|^2 + |y|^2 - 2 x.y takes one matrix product in place of N M D differences, but cancels: in float32 it
+    is wrong by 1e-7 |x|^2, which can exceed the ridge of density_ratio and leave a Gram matrix that is not
+    positive. So it is summed in float64 and rounded once.
     """
-    centre = torch.cat([x, y]).mean(0).detach()
-    x, y = x - centre, y - centre
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0)
+    a, b = x.double(), y.double()
+    distances = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.mT
+    return distances.clamp(min=0).to(x.dtype)
 
 
 def gaussian(x, y, sigma):
     """Gaussian kernels exp(-|x_i - y_j|^2 / 2 sigma^2), a slice for each bandwidth (Li et al. 2017, sec. 3).
 
-    x [N, D], y [M, D], sigma [S] in the units of x; returns [S, N, M]. The usual mixture is their sum.
+    x [..., N, D], y [..., M, D], sigma [S] in the units of x; returns [..., S, N, M]. The usual mixture is
+    their sum.
     """
-    return torch.exp(squared_distances(x, y) * (-0.5 / sigma.square())[:, None, None])
+    return torch.exp(squared_distances(x, y)[..., None, :, :] * (-0.5 / sigma.square())[:, None, None])
 
 
 def gram(kernel, x, y):
     """The three Gram matrices of two sets, from one evaluation of a kernel on both (GRAM, Algorithm 1).
 
-    kernel(a, b) -> [S, len(a), len(b)]; x [N, D], y [M, D].
-    Returns K_xx [S, N, N], K_xy [S, N, M], K_yy [S, M, M].
+    x [..., N, D], y [..., M, D]; kernel from two sets of sizes n and m to [..., S, n, m].
+    Returns K_xx [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M].
     """
-    both, sizes = torch.cat([x, y]), [len(x), len(y)]
+    both, sizes = torch.cat([x, y], -2), [x.shape[-2], y.shape[-2]]
     rows_x, rows_y = kernel(both, both).split(sizes, -2)        # split, not slices: fewer kernels backwards
     K_xx, K_xy = rows_x.split(sizes, -1)
     _, K_yy = rows_y.split(sizes, -1)
@@ -89,11 +93,11 @@ def gram(kernel, x, y):
 
 
 def mmd2(K_xx, K_xy, K_yy, unbiased=False):
-    """Squared MMD under the sum of the kernels in the stack: a scalar.
+    """Squared MMD under the sum of the kernels in the stack: [...].
 
-    K_xx [S, N, N], K_xy [S, N, M], K_yy [S, M, M]. Biased (GRAM, eq. 2 and 10): means over all pairs, never
-    negative but for rounding. Unbiased (Gretton et al. 2012, eq. 3): no point is paired with itself, and the
-    mean over draws is zero if p = q.
+    K_xx [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M]. Biased (GRAM, eq. 2 and 10): means over all
+    pairs, never negative but for rounding. Unbiased (Gretton et al. 2012, eq. 3): no point is paired with
+    itself, and the mean over draws is zero if p = q.
     """
     def within(K):
         if not unbiased:
@@ -101,7 +105,7 @@ def mmd2(K_xx, K_xy, K_yy, unbiased=False):
         n = K.shape[-1]
         return (K.sum((-2, -1)) - K.diagonal(dim1=-2, dim2=-1).sum(-1)) / (n * (n - 1))
 
-    return (within(K_xx) + within(K_yy) - 2 * K_xy.mean((-2, -1))).sum()
+    return (within(K_xx) + within(K_yy) - 2 * K_xy.mean((-2, -1))).sum(-1)
 
 
 def mmd(K_xx, K_xy, K_yy):
@@ -120,28 +124,38 @@ def mmd(K_xx, K_xy, K_yy):
 def density_ratio(K_qq, K_qp, ridge):
     """Density ratio r = p / q at the points of q by kernel mean matching, mean over bandwidths (GRAM, eq. 8).
 
-    K_qq [S, M, M], K_qp [S, M, N]; returns r [M], the solution of (K_qq + ridge I) r = (M / N) K_qp 1:
-    weights on the points of q that give it the kernel mean of p. One batched solve serves all bandwidths. The
-    paper prints no M / N (it has M = N) and no ridge, but without one r is noise in float32: JuliaGRAM adds
-    1e-3 (src/kmm.jl), GRAMFlow nothing. r may be negative, and vanishes at bandwidths far below distances.
+    K_qq [..., S, M, M], K_qp [..., S, M, N]; returns r [..., M], the solution of (K_qq + ridge I) r =
+    (M / N) K_qp 1: weights on the points of q that give it the kernel mean of p. The paper prints no M / N
+    (it has M = N) and no ridge, but without one r is noise in float32: JuliaGRAM adds 1e-3 (src/kmm.jl),
+    GRAMFlow nothing. r may be negative, vanishes at bandwidths far below distances, and is NaN where rounding
+    leaves K_qq + ridge I not positive definite.
+
+    The factors take no part in the gradient: P = A^-1 and r_0 = P b are constants, and a step of refinement,
+    r = r_0 + P (b - A r_0), has the solution's value and its derivative dr = A^-1 (db - dA r_0).
     """
     M, N = K_qp.shape[-2:]
-    A = K_qq + ridge * torch.eye(M, dtype=K_qq.dtype, device=K_qq.device)
-    b = K_qp.sum(-1, keepdim=True) * (M / N)                            # [S, M, 1]
-    return torch.linalg.solve_ex(A, b).result.squeeze(-1).mean(0)      # solve() would wait for the GPU
+    eye = torch.eye(M, dtype=K_qq.dtype, device=K_qq.device)
+    A = K_qq + ridge * eye
+    b = K_qp.sum(-1, keepdim=True) * (M / N)                            # [..., S, M, 1]
+    with torch.no_grad():
+        L, info = torch.linalg.cholesky_ex(A)       # solve_ex of many matrices fails in a CUDA graph
+        L_inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
+        P = (L_inverse.mT @ L_inverse).where(info[..., None, None] == 0, torch.nan)
+        r_0 = P @ b
+    return (r_0 + P @ (b - A @ r_0)).squeeze(-1).mean(-2)
 
 
 def pearson(r):
     """Estimate mean((r - 1)^2) of the Pearson divergence from r = p / q at samples of q (GRAM, eq. 7).
 
     Where r was fitted to the same points this is no lower bound: the estimator's variance raises it too. From
-    r = q / p at data it estimates the divergence with p and q exchanged.
+    r = q / p at data it estimates the divergence with p and q exchanged. r [..., N], returns [...].
     """
-    return (r - 1).square().mean()
+    return (r - 1).square().mean(-1)
 
 
 def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
-    """What GRAM's critic maximises, and the ratio that it is made of: (scalar, r).
+    """What GRAM's critic maximises, and the ratio that it is made of: ([...], r).
 
     form    objective                   r             source
     sum     pearson(r) + lam sum(r)     p / q at y    GRAM, eq. 9, lam = 1; JuliaGRAM since 7e6da00
@@ -156,12 +170,12 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
     """
     if form == "flow":
         r = density_ratio(K_xx, K_xy, ridge)        # the notebook's denominator block is the data
-        return r.mean(), r
+        return r.mean(-1), r
     r = density_ratio(K_yy, K_xy.mT, ridge)
     if form == "sum":
-        return pearson(r) + lam * r.sum(), r
+        return pearson(r) + lam * r.sum(-1), r
     if form == "mean":
-        return pearson(r) + lam * r.mean(), r
+        return pearson(r) + lam * r.mean(-1), r
     if form == "clip":
         r = r.clamp(min=0)
         return pearson(r), r
@@ -174,20 +188,201 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
 
 
 def gan_critic(d_x, d_y):
-    """A discriminator's loss, the mean of -log s(d_x) plus the mean of -log(1 - s(d_y)): a scalar.
+    """A discriminator's loss, the mean of -log s(d_x) plus the mean of -log(1 - s(d_y)): [...].
 
-    Logits d_x [N, 1] of data and d_y [M, 1] of samples, s the logistic function. Goodfellow et al. 2014,
-    eq. 1; JuliaGRAM takes half of it, which Adam does not notice.
+    Logits d_x [..., N, 1] of data and d_y [..., M, 1] of samples, s the logistic function. Goodfellow et al.
+    2014, eq. 1; JuliaGRAM takes half of it, which Adam does not notice.
     """
-    return F.softplus(-d_x).mean() + F.softplus(d_y).mean()
+    return F.softplus(-d_x).mean((-2, -1)) + F.softplus(d_y).mean((-2, -1))
 
 
 def gan_generator(d_y):
-    """A generator's non-saturating loss, the mean of -log s(d_y): a scalar.
+    """A generator's non-saturating loss, the mean of -log s(d_y): [...].
 
-    Logits d_y [M, 1] of samples, s the logistic function (Goodfellow et al. 2014, section 3).
+    Logits d_y [..., M, 1] of samples, s the logistic function (Goodfellow et al. 2014, section 3).
     """
-    return F.softplus(-d_y).mean()
+    return F.softplus(-d_y).mean((-2, -1))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Adversarial critics: MMD-GAN, GAMN, WGAN. The critic maximises the distance that the generator minimises, so
+# something has to hold it: clipped weights, an autoencoder, a penalty on its slope or on its weights
+# ------------------------------------------------------------------------------------------------------------
+
+
+def witness(kernel, t, x, y):
+    """The MMD's witness mean_j k(t, x_j) - mean_j k(t, y_j), summed over kernels, at points t: [..., T].
+
+    kernel as in gram; t [..., T, D], x [..., N, D], y [..., M, D]. Up to a factor the best critic in the
+    kernel's space (Gretton et al. 2012, section 2.3; Scaled MMD, below eq. 1).
+    """
+    return (kernel(t, x).mean(-1) - kernel(t, y).mean(-1)).sum(-2)
+
+
+def wasserstein(f_x, f_y):
+    """The mean of f over data minus its mean over samples, [..., N, 1] and [..., M, 1] to [...].
+
+    Wasserstein's distance, if f is the best of the 1-Lipschitz functions (Arjovsky et al. 2017, eq. 2).
+    """
+    return f_x.mean((-2, -1)) - f_y.mean((-2, -1))
+
+
+def feasible_set(h_x, h_y):
+    """Li et al.'s feasible set reduction, mean over outputs of min(E f(x) - E f(y), 0): [..., N, K] to [...].
+
+    Zero where the critic is on average larger on data than on samples, negative elsewhere: the critic's
+    objective and the generator's loss both have it with a plus (Li et al. 2017, section 4; OctoberChang/
+    MMD-GAN, mmd_gan.py). JuliaGRAM's ring code has x and y exchanged, the same up to the sign of the output.
+    """
+    return (h_x.mean(-2) - h_y.mean(-2)).clamp(max=0).mean(-1)
+
+
+def reconstruction(x, x_hat):
+    """Mean squared error of an autoencoder, the mean over points and coordinates: [..., N, D] to [...].
+
+    MMD-GAN subtracts it from the critic's objective, at data and at samples, to keep the critic injective (Li
+    et al. 2017, eq. 4).
+    """
+    return (x - x_hat).square().mean((-2, -1))
+
+
+@torch.no_grad()
+def clip_weights(network, bound):
+    """Clip all weights of a network to [-bound, bound], in place (Arjovsky et al. 2017, Algorithm 1)."""
+    for p in network.parameters():
+        p.clamp_(-bound, bound)
+
+
+def jacobian(f, x):
+    """f at points, and its Jacobians there, differentiable in f's weights: h [..., N, S], J [..., N, S, D].
+
+    f from [..., N, *shape] to [..., N, S], each point by itself (so no batch norm in f), D the product of
+    shape. One backward pass for each of the S outputs.
+    """
+    x = x.detach().requires_grad_()
+    h = f(x)
+    rows = [torch.autograd.grad(h_s.sum(), x, create_graph=True)[0] for h_s in h.unbind(-1)]
+    return h, torch.stack([row.flatten(h.ndim - 1) for row in rows], -2)
+
+
+def gradient_penalty(s, x, y, a):
+    """mean((|grad s| - 1)^2) at points between data and samples: [...]; subtract it from what f maximises.
+
+    x and y [..., N, *shape]; a ~ U[0, 1], [..., N], one a point, at a x + (1 - a) y. s from points to
+    [..., N]: f itself (WGAN-GP, Gulrajani et al. 2017, eq. 3), the sum of its outputs (GAMN, eq. 7), or the
+    witness (Demystifying MMD GANs, section 3). The norm is that of the whole point; GAMN's eq. 7 to 10 print
+    the penalty with the sign that would raise it. At a gradient of 0 its slope is 0, not NaN.
+    """
+    a = a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
+    _, J = jacobian(lambda t: s(t).unsqueeze(-1), a * x + (1 - a) * y)
+    return (torch.linalg.vector_norm(J, dim=(-2, -1)) - 1).square().mean(-1)
+
+
+def norm_weights(network):
+    """The parameters of a network's normalisation layers, on which GAMN puts its L1 and L2 penalties."""
+    kinds = nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm
+    return [p for layer in network.modules() if isinstance(layer, kinds) for p in layer.parameters()]
+
+
+def l1(weights):
+    """Sum of the absolute values of a list of tensors: a scalar (GAMN, eq. 9 on norm_weights)."""
+    return sum(w.abs().sum() for w in weights)
+
+
+def l2(weights):
+    """Sum of the squares of a list of tensors: a scalar (GAMN, eq. 8 on norm_weights; classical: on all)."""
+    return sum(w.square().sum() for w in weights)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Scaled MMD: the critic's slope, held in closed form. k(x, y) = exp(-|f(x) - f(y)|^2 / 2) throughout
+# ------------------------------------------------------------------------------------------------------------
+
+
+def smmd2(mmd2, J, lam):
+    """Squared scaled MMD, mmd2 / (lam + k(x, x) + E|grad f(x)|^2): [...] (Scaled MMD, Proposition 5, eq. 11).
+
+    mmd2 [...] under the unit Gaussian kernel, for which k(x, x) = 1; J [..., N, S, D] Jacobians of f at data.
+    """
+    return mmd2 / (lam + 1 + J.square().sum((-2, -1)).mean(-1))
+
+
+def smmd2_section_4(mmd2, J, coefficient):
+    """mmd2 / (1 + coefficient E|grad f(x)|^2): [...], the form of section 4, with 10, which drops k(x, x)."""
+    return mmd2 / (1 + coefficient * J.square().sum((-2, -1)).mean(-1))
+
+
+def kernel_jet(a, b):
+    """The unit Gaussian kernel K with its first derivatives: a [..., N, S], b [..., M, S], see below.
+
+    Returns [..., N, 1 + S, M, 1 + S]: entry [n, 0, m, 0] is K(a_n, b_m), [n, i, m, 0] its derivative in
+    coordinate i of a_n, [n, 0, m, j] in coordinate j of b_m, [n, i, m, j] in both.
+    """
+    w = a[..., :, None, :] - b[..., None, :, :]                                         # [..., N, M, S]
+    K = (-0.5 * w.square().sum(-1)).exp()
+    one, mixed = torch.ones_like(w[..., :1]), torch.eye(w.shape[-1] + 1, dtype=w.dtype, device=w.device)
+    mixed[0, 0] = 0
+    in_a, in_b = torch.cat([one, -w], -1), torch.cat([one, w], -1)                      # [..., N, M, 1 + S]
+    jet = K[..., None, None] * (in_a[..., :, None] * in_b[..., None, :] + mixed)
+    return jet.transpose(-3, -2)
+
+
+def gradient_constrained_mmd2(h_x, h_y, h_m, J, lam):
+    """Squared gradient-constrained MMD, exact, and its critic (Scaled MMD, Propositions 3 and 4).
+
+    h_x [..., N, S], h_y [..., M', S] features of data and samples; h_m [..., M, S] and J [..., M, S, D]
+    features and Jacobians at the points of mu, which are the data in the paper. Returns S^2 [...] and the
+    function from features h_t [..., T, S] to the critic's values [..., T], whose gradient under mu is held.
+
+    With delta = [eta; grad eta] at the points of mu and G their M (1 + D) Gram matrix of values and
+    derivatives, the paper has S^2 = (MMD^2 - delta^T (G + M lam I)^-1 delta) / lam. But k = K o f has its
+    derivatives through f: delta = B a and G = B A B^T, where a and A are the same in the S-dimensional space
+    of features, and B is block diagonal with blocks 1 and J_m^T. As B^T (B A B^T + c I)^-1 B = (N A + c I)^-1
+    N with N = B^T B, a block 1 and J_m J_m^T for each point, the M (1 + D) system is one of M (1 + S),
+    without any approximation or root. The paper's incomplete Cholesky took days on MNIST; its statement of
+    Proposition 4 lacks the 1 / M of mu, its proof has it.
+    """
+    M = h_m.shape[-2]
+    A = kernel_jet(h_m, h_m).flatten(-2)                                    # [..., M, 1 + S, M (1 + S)]
+    a = (kernel_jet(h_m, h_x)[..., 0].mean(-1)
+         - kernel_jet(h_m, h_y)[..., 0].mean(-1))                           # [..., M, 1 + S]
+    N = F.pad(J @ J.mT, (1, 0, 1, 0))                                       # [..., M, 1 + S, 1 + S]
+    N[..., 0, 0] = 1
+    NA, Na = (N @ A).flatten(-3, -2), (N @ a[..., None]).flatten(-3, -2)
+    identity = torch.eye(NA.shape[-1], dtype=NA.dtype, device=NA.device)
+    u = torch.linalg.solve_ex(NA + M * lam * identity, Na).result           # [..., M (1 + S), 1]
+
+    def kernel(p, q):
+        return gaussian(p, q, torch.ones(1, dtype=p.dtype, device=p.device))
+
+    def critic(h_t):
+        eta = witness(kernel, h_t, h_x, h_y)
+        return (eta - (kernel_jet(h_m, h_t)[..., 0].flatten(-3, -2) * u).sum(-2)) / lam
+
+    return (mmd2(*gram(kernel, h_x, h_y)) - (a.flatten(-2) * u.squeeze(-1)).sum(-1)) / lam, critic
+
+
+def sobolev_critic(p, q, mu, spacing):
+    """The Sobolev critic on a grid, [n, n]: its squared gradient has the mean 1 under mu, its border is 0.
+
+    p, q and mu are densities at the grid's nodes, [n, n] in float64. Up to its scale f solves
+    -div(mu grad f) = p - q with f = 0 at the border (Mroueh et al. 2018; Scaled MMD, appendix B), here by
+    finite differences, with mu between two nodes their mean.
+    """
+    n = len(p)
+    node = torch.arange(n * n).view(n, n)
+    flow = torch.zeros(n * n, n * n, dtype=p.dtype)
+    for i, j, a, b in ((node[1:], node[:-1], mu[1:], mu[:-1]),
+                       (node[:, 1:], node[:, :-1], mu[:, 1:], mu[:, :-1])):
+        i, j, between = i.flatten(), j.flatten(), ((a + b) / 2).flatten()
+        for row, column, sign in ((i, i, 1), (j, j, 1), (i, j, -1), (j, i, -1)):
+            flow.index_put_((row, column), sign * between, accumulate=True)
+    inner = node[1:-1, 1:-1].flatten()
+    f = torch.zeros_like(p)
+    flow = flow[inner][:, inner]
+    f[1:-1, 1:-1] = torch.linalg.solve(flow, (p - q).flatten()[inner] * spacing ** 2).view(n - 2, n - 2)
+    inside = f.flatten()[inner]
+    return f / (inside @ flow @ inside).sqrt()      # the integral of mu |grad f|^2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -241,12 +436,40 @@ def kid(a, b, subsets=100, size=1000, seed=0):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def mlp(*sizes):
-    """Linear layers of the given sizes with ReLU between them: [N, sizes[0]] to [N, sizes[-1]]."""
-    layers = []
-    for a, b in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+def mlp(*sizes, norm=None):
+    """Linear layers of the given sizes with ReLU between them: [N, sizes[0]] to [N, sizes[-1]].
+
+    norm: from a width to the layer in front of each ReLU, for example nn.LayerNorm.
+    """
+    layers = [nn.Linear(sizes[0], sizes[1])]
+    for a, b in zip(sizes[1:], sizes[2:]):
+        layers += [*([norm(a)] if norm else []), nn.ReLU(), nn.Linear(a, b)]
+    return nn.Sequential(*layers)
+
+
+class Stack(nn.Module):
+    """Networks of one form as one, whose matrix products are batched: [B, N, in] to [B, N, out].
+
+    Narrower members are padded with zeros to the widest. Hidden units of theirs that are not there have
+    weights 0, output 0 and gradient 0 under ReLU, so they stay absent (but LayerNorm would count them); their
+    inputs that are not there have to be 0 as well. Parameters have their names under `network`, [B, ...].
+    """
+
+    def __init__(self, networks):
+        super().__init__()
+        self.network = copy.deepcopy(networks[0])
+        for name, layer in self.network.named_modules():
+            for key in [key for key, _ in layer.named_parameters(recurse=False)]:
+                own = [getattr(network.get_submodule(name), key).detach() for network in networks]
+                padded = torch.zeros(len(own), *(max(sizes) for sizes in zip(*(p.shape for p in own))))
+                for slot, p in zip(padded, own):
+                    slot[tuple(slice(size) for size in p.shape)] = p
+                setattr(layer, key, nn.Parameter(padded))
+
+    def forward(self, x):
+        def member(weights, x):
+            return torch.func.functional_call(self.network, weights, (x,))
+        return torch.vmap(member)(dict(self.network.named_parameters()), x)
 
 
 def batch_norm(channels):
@@ -334,21 +557,34 @@ def ring_centres(modes, radius):
     return radius * torch.stack([angle.cos(), angle.sin()], 1)
 
 
+def grid_centres(side, spacing):
+    """Centres of a square of side x side modes around the origin, [side^2, 2] (improved_wgan_training)."""
+    line = spacing * (torch.arange(side) - (side - 1) / 2)
+    return torch.cartesian_prod(line, line)
+
+
+def swiss_roll_centres(n):
+    """n points along the Swiss roll t (cos t, sin t), t uniform in [1.5 pi, 4.5 pi]: [n, 2] (scikit-learn).
+
+    For a mixture of so many Gaussians that their steps are far below the noise is the roll itself.
+    """
+    t = 1.5 * math.pi * (1 + 2 * (torch.arange(n) + 0.5) / n)
+    return torch.stack([t * t.cos(), t * t.sin()], 1)
+
+
 def draw_mixture(centres, std, n, rng):
     """n points [n, D] of an equal mixture of Gaussians N(centre, std^2 I), centres [modes, D]."""
     mode = torch.randint(len(centres), (n,), generator=rng, device=rng.device)
     return centres[mode] + std * normal_noise(n, centres.shape[1], rng)
 
 
-def mode_coverage(y, centres, std, least=0.02):
-    """Modes covered, an int, and the share of samples within 3 std of a mode, a float.
+def mode_masses(y, centres, std):
+    """The share of all samples that is within 3 std of a mode and nearest to it: [modes], in [0, 1].
 
-    y [N, D], centres [modes, D]. Covered means that the share `least` of all samples or more is within 3 std.
+    y [N, D], centres [modes, D]. A sample that is not finite is near no mode.
     """
-    distance, mode = torch.cdist(y, centres).min(1)
-    near = distance < 3 * std
-    hits = torch.bincount(mode[near], minlength=len(centres)) / len(y)
-    return int((hits >= least).sum()), float(near.float().mean())
+    distance, mode = torch.cdist(y.nan_to_num(torch.inf), centres).min(1)
+    return torch.bincount(mode[distance < 3 * std], minlength=len(centres)) / len(y)
 
 
 SETS = {
@@ -523,19 +759,34 @@ def first_line(error):
 
 def adam(network, lr, betas):
     """torch.optim.Adam; on a GPU fit for a CUDA graph, its rate a tensor that is changed by fill_ only."""
-    device = next(network.parameters()).device
-    cuda = device.type == "cuda"
-    lr = torch.tensor(lr, device=device) if cuda else lr
+    lr, cuda = rate(network, lr)
     return torch.optim.Adam(network.parameters(), lr, betas, fused=cuda, capturable=cuda)
 
 
+def rmsprop(network, lr):
+    """torch.optim.RMSprop; on a GPU fit for a CUDA graph, its rate a tensor that is changed by fill_ only."""
+    lr, cuda = rate(network, lr)
+    return torch.optim.RMSprop(network.parameters(), lr, capturable=cuda)
+
+
+def rate(network, lr):
+    """A learning rate as its optimizer takes it, and whether the network is on a GPU."""
+    device = next(network.parameters()).device
+    cuda = device.type == "cuda"
+    return torch.tensor(lr, device=device) if cuda else lr, cuda
+
+
 def descend(*players):
-    """One step of each (optimizer, loss), every gradient taken before any step (GRAM, Algorithm 1)."""
+    """One step of each (optimizer, loss), every gradient taken before any step (GRAM, Algorithm 1).
+
+    A loss is a scalar, or a Stack's, [B], whose members do not meet.
+    """
     weights = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer, _ in players]
-    gradients = [torch.autograd.grad(loss, w, retain_graph=True) for (_, loss), w in zip(players, weights)]
+    gradients = [torch.autograd.grad(loss.sum(), w, retain_graph=True)
+                 for (_, loss), w in zip(players, weights)]
     for (optimizer, _), w, gradient in zip(players, weights, gradients):
         for p, p_gradient in zip(w, gradient):
-            p.grad = p_gradient
+            p.grad = p_gradient.contiguous()        # that of a Stack may be transposed; fused Adam refuses it
         optimizer.step()
 
 
@@ -656,20 +907,23 @@ def constants(namespace):
     return json.loads(json.dumps(kept))
 
 
-def open_runs(out, script, namespace, methods, seeds, resume, device):
+def open_runs(out, script, namespace, methods, seeds, resume, device, figure=None):
     """Print a script's constants and make ready its runs' folders OUT/SCRIPT-METHOD-sSEED, sources copied in.
 
     script, namespace: the script's file and globals(), with METHODS; methods, seeds, resume: its flags.
+    figure: the name of a figure for which all seeds of a method are one run, OUT/SCRIPT-figureNAME-METHOD.
     Returns for each run (method, seed, folder, settings), the settings being what its checkpoint has to agree
     with: one that does not exits with a message. Without resume an earlier run's folder is kept as
-    FOLDER-old-N.
+    FOLDER-old-N. seed is a list of them all for a figure.
     """
     given = constants(namespace)
     show(**given, **machine(device))
     sources = {os.path.basename(path): open(path, "rb").read() for path in (script, __file__)}
     runs = []
-    for method, seed in itertools.product(dict.fromkeys(methods), range(seeds)):
-        folder = f"{out}/{os.path.basename(script).removesuffix('.py')}-{method}-s{seed}"
+    start = f"{out}/{os.path.basename(script).removesuffix('.py')}"
+    groups = [list(range(seeds))] if figure else range(seeds)
+    for method, seed in itertools.product(dict.fromkeys(methods), groups):
+        folder = f"{start}-figure{figure}-{method}" if figure else f"{start}-{method}-s{seed}"
         settings = dict(given, method=method, row=namespace["METHODS"][method], seed=seed, device=device.type)
         runs.append((method, seed, folder, json.loads(json.dumps(settings))))
     for _, _, folder, settings in runs if resume else ():
@@ -762,9 +1016,15 @@ class Log:
         self.clock, self.shown = time.perf_counter(), (step, time.perf_counter())
 
     def add(self, *values):
-        """Take in the scalars of an update, None for one that the method has not; no synchronisation."""
+        """Take in the scalars of an update, None for one that the method has not; no synchronisation.
+
+        Of a Stack's values, [B], it takes the mean of the finite ones: NaN when all have diverged.
+        """
         self.given = [value is not None for value in values]
-        self.sums += torch.stack([self.zero if v is None else v.detach() for v in values] + [self.one])
+        def scalar(v):
+            return self.zero if v is None else v.where(v.isfinite(), torch.nan).nanmean() if v.ndim else v
+
+        self.sums += torch.stack([scalar(v).detach() for v in values] + [self.one])
 
     def row(self, step, shown=True):
         """Write the means since the last row; raises FloatingPointError if one is not finite."""
@@ -812,9 +1072,12 @@ def read_log(folder):
 def flags(doc, methods, default, steps, images):
     """The parser of a script's flags; a script adds its own to it.
 
-    doc: its docstring; methods: its METHODS, default one of them; steps: its updates; images: with --data,
-    --features.
+    doc: its docstring; methods: its METHODS, default a list of them; steps: its updates; images: with --data,
+    --features. A default or steps of None is the figure's, for the script to set.
     """
+    def standing(value):
+        return f"(default {value})" if value else "(default: the figure's)"
+
     def positive(text):
         if not text.isdecimal() or int(text) < 1:
             raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number of 1 or more")
@@ -826,10 +1089,12 @@ def flags(doc, methods, default, steps, images):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help explains the flags\n")
     add = parser.add_argument
-    add("--method", nargs="+", default=[default], choices=list(methods), metavar="NAME",
-        help=f"one or more of {', '.join(methods)} (default {default})")
-    add("--seeds", type=positive, default=1, metavar="N", help="train with seeds 0 to N-1 (default 1)")
-    add("--steps", type=positive, default=steps, metavar="N", help=f"generator updates (default {steps:,})")
+    add("--method", nargs="+", default=default, choices=list(methods), metavar="NAME",
+        help=f"one or more of {', '.join(methods)} {standing(default and ' '.join(default))}")
+    add("--seeds", type=positive, default=1, metavar="N",
+        help=f"train with seeds 0 to N-1 {standing(steps and 1)}")
+    add("--steps", type=positive, default=steps, metavar="N",
+        help=f"generator updates {standing(steps and format(steps, ','))}")
     add("--out", type=folder, default="runs", metavar="DIR", help="folder for the runs (default runs)")
     add("--resume", action="store_true", help="go on from the checkpoints of the runs")
     add("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
@@ -877,11 +1142,11 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
 
-def spread(values):
+def spread(values, digits=1):
     """Mean ± standard deviation of values over seeds as text; the value of one, - of none."""
     if len(values) < 2:
-        return f"{values[0]:.1f}" if values else "-"
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+        return f"{values[0]:.{digits}f}" if values else "-"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -903,18 +1168,35 @@ def save_figure(path, figure):
 
 
 def scatter_panel(axes, x, y, title):
-    """A panel with data x in blue and samples y in orange, arrays [N, 2], to one scale."""
+    """A panel with data x in blue and samples y in orange, [N, 2], to one scale; of [N, 1], histograms."""
     for points, colour, label in ((x, "tab:blue", "data"), (y, "tab:orange", "samples")):
-        axes.scatter(points[:, 0], points[:, 1], s=4, color=colour, alpha=0.5, linewidths=0, label=label)
+        if points.shape[1] == 1:
+            points = points[np.isfinite(points)]
+            axes.hist(points, 40, color=colour, alpha=0.5, label=label)
+            continue
+        axes.scatter(*points[:, :2].T, s=4, color=colour, alpha=0.5, linewidths=0, label=label)
+        axes.set_aspect("equal", adjustable="datalim")
     axes.set_title(title, fontsize=9)
-    axes.set_aspect("equal", adjustable="datalim")
     axes.tick_params(labelsize=7)
 
 
+def scatter_figure(panels, columns, title):
+    """A matplotlib figure of scatter_panel's, from a list of (x, y, title), so many in a row."""
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(2.5 * columns, 2.6 * rows + 0.4), layout="constrained")
+    for place, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, place)
+        scatter_panel(axes, *panel)
+    figure.axes[0].legend(fontsize=7, markerscale=3)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
 def curve_panel(axes, steps, curves):
-    """A panel of curves {label: array} over updates, with a log axis for the values."""
+    """A panel of curves {label: array} over updates, with a log axis if no value is 0 or less."""
     for label, values in curves.items():
         axes.plot(steps, values, label=label, linewidth=1)
-    axes.set_yscale("log")
+    if all((values > 0).all() for values in curves.values()):
+        axes.set_yscale("log")
     axes.set_xlabel("update", fontsize=8)
     axes.tick_params(labelsize=7)

@@ -41,18 +41,31 @@ def test_ring_and_its_modes():
     assert torch.allclose(centres[0], torch.tensor([0.0, -2.0]), atol=1e-6)
     assert torch.allclose(centres[2], torch.tensor([2.0, 0.0]), atol=1e-6)
     x = common.draw_mixture(centres, 0.2, 40_000, rng())
-    modes, share = common.mode_coverage(x, centres, 0.2)
-    assert modes == 8 and share == pytest.approx(1 - np.exp(-4.5), abs=0.002)
+    masses = common.mode_masses(x, centres, 0.2)
+    assert masses.shape == (8,) and float(masses.sum()) == pytest.approx(1 - np.exp(-4.5), abs=0.002)
+    assert float((masses - masses.mean()).abs().max()) < 0.01
     nearest = torch.cdist(x, centres).argmin(1)
     assert (torch.bincount(nearest) / 40_000 - 1 / 8).abs().max() < 0.01
     assert float((x - centres[nearest]).std()) == pytest.approx(0.2, rel=0.02)
 
 
-def test_mode_coverage_by_hand():
-    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0]])
-    y = torch.tensor([[0.0, 0.2]] * 60 + [[10.0, 0.29]] * 35 + [[10.0, 0.31]] * 4 + [[20.0, 0.0]] * 1)
-    assert common.mode_coverage(y, centres, 0.1) == (2, pytest.approx(0.96))
-    assert common.mode_coverage(y, centres, 0.1, least=0.01)[0] == 3
+def test_mode_masses_by_hand():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0], [30.0, 0.0]])
+    y = torch.tensor([[0.0, 0.2]] * 60 + [[10.0, 0.29]] * 30 + [[10.0, 0.31]] * 4 + [[20.0, 0.0]] * 1
+                     + [[float("nan"), 0.0]] * 3 + [[float("inf"), 0.0]] * 2)
+    assert common.mode_masses(y, centres, 0.1).tolist() == pytest.approx([0.6, 0.3, 0.01, 0])
+    assert common.mode_masses(y * float("nan"), centres, 0.1).tolist() == [0, 0, 0, 0]
+
+
+def test_grid_and_swiss_roll():
+    grid = common.grid_centres(5, 2)
+    assert sorted(map(tuple, grid.tolist())) == [(x, y) for x in (-4, -2, 0, 2, 4) for y in (-4, -2, 0, 2, 4)]
+    roll = common.swiss_roll_centres(2_000)
+    radius = roll.norm(dim=1)
+    assert 1.5 * np.pi <= float(radius.min()) and float(radius.max()) <= 4.5 * np.pi
+    angle = torch.atan2(roll[:, 1], roll[:, 0])
+    assert torch.allclose((angle - radius).cos(), torch.ones(2_000), atol=1e-4)      # radius = angle, mod 2 pi
+    assert float((radius.sort().values.diff()).max()) == pytest.approx(3 * np.pi / 2_000, rel=0.01)
 
 
 # ---- image files ------------------------------------------------------------------------------------------

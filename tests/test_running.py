@@ -212,14 +212,14 @@ def test_constants_are_the_upper_case_ones():
 
 
 def test_flags():
-    parser = common.flags("doc", {"gram": 1, "gan": 2}, "gram", 500, images=True)
+    parser = common.flags("doc", {"gram": 1, "gan": 2}, ["gram"], 500, images=True)
     args = parser.parse_args([])
     assert (args.method, args.seeds, args.steps, args.data, args.out) == (["gram"], 1, 500, "data", "runs")
     assert (args.resume, args.device, args.features) == (False, None, None)
     assert parser.parse_args(["--method", "gan", "gram", "--seeds", "3"]).method == ["gan", "gram"]
     for flag in ("--data", "--features"):
         with pytest.raises(SystemExit):
-            common.flags("doc", {"gram": 1}, "gram", 1, images=False).parse_args([flag, "x"])
+            common.flags("doc", {"gram": 1}, ["gram"], 1, images=False).parse_args([flag, "x"])
 
 
 @pytest.mark.parametrize("wrong", [

@@ -15,6 +15,7 @@ import torch
 import cifar
 import common
 import ring2d
+import ring3d
 from conftest import export, says
 
 ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
@@ -28,9 +29,16 @@ def small(monkeypatch, tmp_path):
     for name, value in SMALL.items():
         monkeypatch.setattr(cifar, name, value)
     monkeypatch.setattr(cifar, "METHODS", METHODS)
-    ring = dict(BATCH=16, POINTS=500, PANELS=(2, 6), LOG_EVERY=4, TRACE_EVERY=2, SAVE_EVERY=2)
-    for name, value in ring.items():
-        monkeypatch.setattr(ring2d, name, value)
+    ring = dict(BATCH=16, POINTS=500, LOG_EVERY=4, TRACE_EVERY=2, SAVE_EVERY=2)
+    plane = dict(PANELS=(2, 6), WIDTHS=(5, 10), NOISES=(2, 4), GAMN_HIDDEN=(12, 12), AVERAGE=6, AVERAGE_EVERY=2,
+                 AVERAGE_POINTS=50, DIRAC_STEPS=40, GRID_5=(5, 4, 3))
+    for script, values in ((ring2d, ring | plane), (ring3d, ring)):
+        for name, value in values.items():
+            monkeypatch.setattr(script, name, value)
+    for script in (ring2d, ring3d):
+        monkeypatch.setattr(script, "METHODS", {
+            name: dict(row, **{k: v for k, v in dict(panels=(2,) if script is ring2d else (0, 2), batch=16).items() if k in row})
+            for name, row in script.METHODS.items()})
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
     os.mkdir("data")
@@ -44,6 +52,10 @@ def run_cifar(*flags):
 
 def run_ring(*flags):
     ring2d.main(["--device", "cpu", *map(str, flags)])
+
+
+def run_ring3d(*flags):
+    ring3d.main(["--device", "cpu", *map(str, flags)])
 
 
 def kept(folder):
@@ -184,14 +196,141 @@ def test_a_finished_run_is_scored_without_training(capsys):
 def test_every_row_of_ring2d(capsys):
     run_ring("--method", *ring2d.METHODS, "--steps", 6)
     printed = capsys.readouterr().out
-    for method in ring2d.METHODS:
+    for method, row in ring2d.METHODS.items():
         folder = f"runs/ring2d-{method}-s0"
         assert f"{folder}/figure1.png" in printed and os.path.getsize(f"{folder}/figure1.png") > 20_000
         points = np.load(f"{folder}/points-6.npz")
-        assert all(points[name].shape == (1000, 2) for name in ("x", "y", "f_x", "f_y"))
-        assert len(common.read_log(folder)["step"]) == 6
+        assert points["x"].shape == points["y"].shape == (1, 1000, 2) and np.isfinite(points["y"]).all()
+        outputs = ring2d.K if row["critic"] == "K" else row["critic"]
+        assert points["f_x"].shape == (1, 1000, outputs) if outputs else "f_x" not in points
+        log = common.read_log(folder)
+        assert len(log["step"]) == 6 and np.isfinite(log["loss_g"]).all()
+        assert np.isfinite(log["mean_r"]).all() == method.startswith("gram")
+        assert np.isfinite(log["loss_f"]).all() == (row["critic"] != 0)
         result = json.load(open(f"{folder}/result.json"))
-        assert 0 <= result["modes"] <= 8 and 0 <= result["share"] <= 1 and result["samples"] == 500
+        [member] = result["members"]
+        assert 0 <= member["modes"] <= 8 and 0 <= member["share"] <= 1 and result["samples"] == 500
+
+
+@pytest.mark.parametrize("script, run", [(ring2d, run_ring), (ring3d, run_ring3d)])
+def test_players_of_a_ring_take_their_steps(script, run, monkeypatch):
+    """Critic steps for one of the generator, clipped weights within their bound, all weights of both move."""
+    run("--method", *script.METHODS, "--steps", 2)
+    for method, row in script.METHODS.items():
+        name = script.__name__
+        _, tensors, _ = kept(f"runs/{name}-{method}-s0")
+        count = {player: {float(t) for path, t in tensors.items() if path[0] == player and path[-1] == "step"}
+                 for player in ("opt_g", "opt_f")}
+        each = row["steps"] or 1 if script is ring2d else {"mmdgan": 5}.get(method, 1)
+        critic = row["critic"] if script is ring2d else method != "mmdnet"
+        assert count == {"opt_g": {2.0}, "opt_f": {2.0 * each} if critic else set()}, method
+        bound = row.get("clip") if script is ring2d else {"mmdgan": 0.1}.get(method)
+        largest = {i: max(float(t.abs().max()) for path, t in tensors.items()
+                          if path[0] == "critic" and path[1].startswith(f"{i}."))
+                   for i in "01" if any(path[0] == "critic" and path[1].startswith(f"{i}.") for path in tensors)}
+        assert not bound or largest["0"] == pytest.approx(bound)
+        assert method != "mmdgan" or largest["1"] > 0.1         # the decoder's weights are free
+
+
+def test_every_row_of_ring3d(capsys):
+    run_ring3d("--steps", 6)
+    printed = capsys.readouterr().out
+    for method in ring3d.METHODS:
+        folder = f"runs/ring3d-{method}-s0"
+        assert f"{folder}/figure.png: " in printed and os.path.getsize(f"{folder}/figure.png") > 20_000
+        assert {f"points-{step}.npz" for step in (0, 2)} <= set(os.listdir(folder)) or method == "mmdgan"
+        points = np.load(f"{folder}/points-2.npz")
+        assert points["y"].shape == (1000, 3) and ("f_x" in points) == (method != "mmdnet")
+        assert len(common.read_log(folder)["step"]) == 3
+
+
+def test_the_ring_of_ring3d_is_tilted():
+    """Appendix B.2: x' = x cos + z sin, y' = y, z' = -x sin + z cos, 60 degrees; lengths stay."""
+    points = torch.eye(3)
+    c, s = 0.5, 3 ** 0.5 / 2
+    wanted = torch.tensor([[c, 0, -s], [0, 1, 0], [s, 0, c]])
+    assert torch.allclose(ring3d.tilt(points), wanted, atol=1e-6)
+    run_ring3d("--method", "mmdnet", "--steps", 2)
+    x = torch.from_numpy(np.load("runs/ring3d-mmdnet-s0/points-2.npz")["x"])
+    back = x @ wanted.T                                     # upright again
+    assert float(back[:, 2].std()) == pytest.approx(0.1, rel=0.1)
+    assert float(back[:, :2].norm(dim=1).mean()) == pytest.approx(2, rel=0.02)
+
+
+def test_figure_2(capsys):
+    """Stacks of 2 x 2 cells and 2 seeds; what is counted, and a diverged member that leaves the others alone."""
+    run_ring("--figure", 2, "--steps", 4, "--seeds", 2)
+    printed = capsys.readouterr().out
+    text = open("runs/ring2d-figure2.md").read()
+    assert text.startswith("python ring2d.py --device cpu --figure 2") and text.split("\n\n", 1)[1] in printed
+    for method in ("gan", "gram", "mmdnet", "mmdgan"):
+        folder = f"runs/ring2d-figure2-{method}"
+        assert os.path.getsize(f"{folder}/figure2.png") > 20_000
+        members = json.load(open(f"{folder}/result.json"))["members"]
+        assert [(m["g"][0], m["z"], m["seed"]) for m in members] == [
+            (g, z, seed) for seed in (0, 1) for g in (5, 10) for z in (2, 4)]
+        assert text.count(f"\n| {method} ") == 1 + 4
+        points = np.load(f"{folder}/points-4.npz")
+        assert points["y"].shape == (8, 1000, 2) and len({float(y[0, 0]) for y in points["y"]}) == 8
+    done = dict(diverged=False, least=0.02, share=0.8)
+    assert ring2d.succeeds(done)
+    for worse in (dict(diverged=True), dict(least=0.019), dict(share=0.79)):
+        assert not ring2d.succeeds(done | worse)
+
+
+def test_a_member_that_diverges_leaves_the_others_alone(monkeypatch):
+    networks = ring2d.networks
+
+    def broken(row, cell):
+        g, f, decoder = networks(row, cell)
+        if cell["z"] == 4 and cell["g"][0] == 5:
+            g[0].weight.data.fill_(float("nan"))
+        return g, f, decoder
+
+    for out, build in (("whole", networks), ("broken", broken)):
+        monkeypatch.setattr(ring2d, "networks", build)
+        run_ring("--figure", 2, "--method", "gram", "gan", "--steps", 4, "--seeds", 1, "--out", out)
+    for method in ("gram", "gan"):
+        whole, broken = (json.load(open(f"{out}/ring2d-figure2-{method}/result.json"))["members"]
+                         for out in ("whole", "broken"))
+        assert [m["diverged"] for m in broken] == [False, True, False, False]
+        assert [a == b for a, b in zip(whole, broken)] == [True, False, True, True]
+        assert np.isfinite(common.read_log(f"broken/ring2d-figure2-{method}")["loss_g"]).all()
+
+
+def test_figure_gamn(capsys):
+    run_ring("--figure", "gamn", "--steps", 8, "--seeds", 2)
+    text = open("runs/ring2d-figuregamn.md").read()
+    assert text.split("\n\n", 1)[1] in capsys.readouterr().out and "0.276 0.284 0.286" in text
+    assert "two samples of the data" in text and os.path.getsize("runs/ring2d-figuregamn.png") > 20_000
+    for method in ring2d.FIGURES["gamn"]["method"]:
+        members = json.load(open(f"runs/ring2d-figuregamn-{method}/result.json"))["members"]
+        assert [m["data"] for m in members] == [name for name in ring2d.GAMN_SETS for _ in range(2)]
+        assert all(0 < m["mmd"] < 4 and not m["diverged"] for m in members)
+        table_1 = kept(f"runs/ring2d-figuregamn-{method}")[1]["table_1", "mmd"]
+        assert table_1.shape == (3, 6) and torch.allclose(table_1.mean(0), torch.tensor([m["mmd"] for m in members]))
+    before = open("runs/ring2d-figuregamn-gamn/log.csv").read()
+    run_ring("--figure", "gamn", "--steps", 8, "--seeds", 2, "--resume")            # nothing is trained again
+    assert open("runs/ring2d-figuregamn.md").read().split("\n", 1)[1] == text.split("\n", 1)[1]
+    assert open("runs/ring2d-figuregamn-gamn/log.csv").read() == before
+
+
+def test_average_mmd_is_that_of_each_member():
+    x, y = torch.randn(2, 60, 2), torch.randn(2, 60, 2) + 1
+    expected = [sum((-(torch.cdist(p, q) ** 2) / (2 * s * s)).exp().mean() * sign for s in ring2d.GAMN_SIGMA
+                    for p, q, sign in ((a, a, 1), (b, b, 1), (a, b, -2))) ** 0.5 for a, b in zip(x, y)]
+    assert ring2d.average_mmd(dict(x=x, y=y)).tolist() == pytest.approx([float(e) for e in expected], rel=1e-4)
+
+
+@pytest.mark.parametrize("name, pictures, said", [
+    ("dirac", ["dirac"], "MMD, from C = (3.0, 3.0): theta 3, psi 3"),
+    ("gaussians", ["gaussians4", "gaussians5"], "best SMMD / best gradient-constrained MMD"),
+])
+def test_figures_of_scaled_mmd(name, pictures, said, capsys):
+    run_ring("--figure", name)
+    assert said in capsys.readouterr().out
+    assert sorted(os.listdir("runs")) == [f"ring2d-figure{picture}.png" for picture in pictures]
+    assert all(os.path.getsize(f"runs/{picture}") > 20_000 for picture in os.listdir("runs"))
 
 
 def test_a_ring_that_ends_before_its_first_panel():
@@ -204,9 +343,9 @@ def test_ring2d_learns_within_a_few_updates():
     run_ring("--steps", 300)
     assert np.abs(np.load("runs/ring2d-gram-s0/points-2.npz")["y"]).max() < 2
     state = torch.load("runs/ring2d-gram-s0/checkpoint.pt", weights_only=True)["state"]["g"]
-    g = common.mlp(ring2d.Z, *ring2d.HIDDEN, 2)
+    g = common.Stack([common.mlp(ring2d.Z, *ring2d.HIDDEN, 2)])
     g.load_state_dict(state)
-    y = g(torch.randn(2000, ring2d.Z)).detach()
+    y = g(torch.randn(1, 2000, ring2d.Z)).detach()[0]
     assert 1 < float(y.norm(dim=1).mean()) < 4
 
 
@@ -224,7 +363,7 @@ def test_side_by_side_equals_one_after_another():
     assert not torch.equal(*weights)
 
 
-@pytest.mark.parametrize("run, name", [(run_cifar, "cifar"), (run_ring, "ring2d")])
+@pytest.mark.parametrize("run, name", [(run_cifar, "cifar"), (run_ring, "ring2d"), (run_ring3d, "ring3d")])
 def test_resumed_equals_uninterrupted(run, name, capsys):
     run("--steps", 8, "--out", "whole")
     run("--steps", 4, "--out", "parts")
@@ -407,7 +546,7 @@ def test_readme_names_what_is_there():
     assert len(names) > 10 and all(hasattr(common, name) for name in names)
 
 
-@pytest.mark.parametrize("script", [cifar, ring2d])
+@pytest.mark.parametrize("script", [cifar, ring2d, ring3d])
 def test_help_explains_every_flag(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.main(["--help"])
