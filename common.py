@@ -911,7 +911,7 @@ def open_runs(out, script, namespace, methods, seeds, resume, device, figure=Non
     """Print a script's constants and make ready its runs' folders OUT/SCRIPT-METHOD-sSEED, sources copied in.
 
     script, namespace: the script's file and globals(), with METHODS; methods, seeds, resume: its flags.
-    figure: the name of a figure for which all seeds of a method are one run, OUT/SCRIPT-figureNAME-METHOD.
+    figure: the name of one for which all seeds of a method are one run, OUT/SCRIPT-figureNAME-METHOD.
     Returns for each run (method, seed, folder, settings), the settings being what its checkpoint has to agree
     with: one that does not exits with a message. Without resume an earlier run's folder is kept as
     FOLDER-old-N. seed is a list of them all for a figure.

@@ -60,33 +60,31 @@ SAVE_EVERY = 5_000                  # a multiple of TRACE_EVERY: what is saved h
 # distance: what the generator minimises and, but for gram and gan, the critic maximises. critic: its outputs,
 # 0 for no critic. steps: of the critic to one of the generator; gram moves both at once. adam: rate, betas;
 # rmsprop: rate. clip: bound of the critic's weights. penalty: what is taken off the critic's objective, and
-# its weight. The numbers of the first seven are in GRAM, appendix B.1 and B.3, those of WGAN and WGAN-GP in
-# improved_wgan_training, gan_toy.py.
-ADAM = (1e-3, 0.5, 0.999)
+# its weight. GRAM's, GAN's, MMD-net's and MMD-GAN's numbers are in GRAM, appendix B.1 and B.3, those of WGAN
+# and WGAN-GP in improved_wgan_training, gan_toy.py. GAMN names none: steps, rates and the weight 10 are those
+# of WGAN-GP on images, the other weights ours; GMMN has a batch of 1,000 there.
+GRAM = dict(distance="gram", critic="K", steps=0, adam=(1e-3, 0.5, 0.999))
+GAMN = dict(distance="mmd", critic="K", steps=5, adam=(1e-4, 0.5, 0.9), batch=256, sigma=GAMN_SIGMA,
+            norm=("batch", "layer"))
 METHODS = {
-    "gram":        dict(distance="gram", critic="K", steps=0, adam=ADAM, form="sum"),     # eq. 9, the paper's
-    "gram-mean":   dict(distance="gram", critic="K", steps=0, adam=ADAM, form="mean"),
-    "gram-clip":   dict(distance="gram", critic="K", steps=0, adam=ADAM, form="clip"),
-    "gram-flow":   dict(distance="gram", critic="K", steps=0, adam=ADAM, form="flow"),    # as on images
-    "gan":         dict(distance="gan",  critic=1,   steps=1, adam=(1e-4, 0.5, 0.999)),
-    "mmdnet":      dict(distance="mmd",  critic=0,   steps=0, rmsprop=1e-3),
-    "mmdgan":      dict(distance="mmd",  critic="K", steps=5, adam=(5e-5, 0.5, 0.999), clip=0.1,
-                        autoencoder=True, panels=(100, 500, 1_000)),
-    "wgan":        dict(distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, clip=0.01, batch=256),
+    "gram":        dict(GRAM, form="sum"),          # eq. 9, the paper's
+    "gram-mean":   dict(GRAM, form="mean"),
+    "gram-clip":   dict(GRAM, form="clip"),
+    "gram-flow":   dict(GRAM, form="flow"),         # what trains on images
+    "gan":         dict(distance="gan", critic=1, steps=1, adam=(1e-4, 0.5, 0.999)),
+    "mmdnet":      dict(distance="mmd", critic=0, steps=0, rmsprop=1e-3),
+    "mmdgan":      dict(distance="mmd", critic="K", steps=5, adam=(5e-5, 0.5, 0.999), clip=0.1,
+                        autoencoder=True, panels=(100, 500, 1_000)),        # panels: updates, Figure 9
+    "wgan":        dict(distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, batch=256, clip=0.01),
     "wgan-gp":     dict(distance="wasserstein", critic=1, steps=5, adam=(1e-4, 0.5, 0.9), batch=256,
                         penalty=("gradient", 0.1)),
-    "gmmn":        dict(distance="mmd", critic=0,   steps=0, adam=(1e-4, 0.5, 0.9), batch=256,
+    "gmmn":        dict(distance="mmd", critic=0, steps=0, adam=(1e-4, 0.5, 0.9), batch=256,
                         sigma=GAMN_SIGMA),
-    "gamn":        dict(distance="mmd", critic="K", steps=5, adam=(1e-4, 0.5, 0.9), batch=256,
-                        sigma=GAMN_SIGMA, norm=("batch", "layer"), penalty=("gradient", 10.0)),
-    "gamn-mmd":    dict(distance="mmd", critic="K", steps=5, adam=(1e-4, 0.5, 0.9), batch=256,
-                        sigma=GAMN_SIGMA, norm=("batch", "layer"), penalty=("gradient", 10.0), data_mmd=True),
-    "gamn-l1":     dict(distance="mmd", critic="K", steps=5, adam=(1e-4, 0.5, 0.9), batch=256,
-                        sigma=GAMN_SIGMA, norm=("batch", "layer"), penalty=("l1", 1e-3)),
-    "gamn-l2":     dict(distance="mmd", critic="K", steps=5, adam=(1e-4, 0.5, 0.9), batch=256,
-                        sigma=GAMN_SIGMA, norm=("batch", "layer"), penalty=("l2", 1e-3)),
-    "gamn-l2-all": dict(distance="mmd", critic="K", steps=5, adam=(1e-4, 0.5, 0.9), batch=256,
-                        sigma=GAMN_SIGMA, norm=("batch", "layer"), penalty=("l2-all", 1e-3)),
+    "gamn":        dict(GAMN, penalty=("gradient", 10.0)),                  # eq. 7
+    "gamn-mmd":    dict(GAMN, penalty=("gradient", 10.0), data_mmd=True),   # the advice of its "Robustness"
+    "gamn-l1":     dict(GAMN, penalty=("l1", 1e-3)),                        # eq. 9
+    "gamn-l2":     dict(GAMN, penalty=("l2", 1e-3)),                        # eq. 8
+    "gamn-l2-all": dict(GAMN, penalty=("l2-all", 1e-3)),                    # "classical L2", its footnote 3
 }
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r")
 GAMN_PAPER = {"wgan": (0.300, 0.312, 0.305), "wgan-gp": (0.285, 0.294, 0.298),     # Table 1
@@ -143,10 +141,12 @@ def train(method, members, folder, settings, steps, device):
     log = common.Log(folder, COLUMNS, steps, device)
     table_1 = nn.Module()       # the MMDs to average, a part of the checkpoint
     table_1.register_buffer("mmd", torch.zeros(AVERAGE // AVERAGE_EVERY, B, device=device))
-    state = dict(g=g, opt_g=(opt_g := optimizer(g)), rng=rng, log=log, table_1=table_1)
+    opt_g = optimizer(g)
+    state = dict(g=g, opt_g=opt_g, rng=rng, log=log, table_1=table_1)
     if f:
         critic = nn.ModuleList([f, decoder] if decoder else [f])
-        state |= dict(critic=critic, opt_f=(opt_f := optimizer(critic)))
+        opt_f = optimizer(critic)
+        state |= dict(critic=critic, opt_f=opt_f)
 
     sigma = torch.tensor(row.get("sigma", SIGMA), device=device)
     dims = torch.tensor([[[member["z"]]] for member in members], device=device)
@@ -194,7 +194,7 @@ def train(method, members, folder, settings, steps, device):
             return common.gan_generator(f(y))
         h_x, h_y = (f(x), f(y)) if f else (x, y)
         loss = distance(h_x, h_y)
-        if "data_mmd" in row:       # what GAMN recommends with the gradient penalty
+        if "data_mmd" in row:
             loss = loss + distance(x, y)
         return loss + FEASIBLE * common.feasible_set(h_x, h_y) if decoder else loss
 
@@ -422,7 +422,7 @@ def quantiles(n):
 
 
 def figure_5():
-    """Figure 5 of Scaled MMD: logs of distances between N(0, 0.1^2) and N(mu, std^2), f(x) = x / psi."""
+    """Figure 5 of Scaled MMD: logs of distances of N(0, 0.1^2) to N(mu, std^2), f(x) = x / psi, lambda 1."""
     unit = partial(common.gaussian, sigma=torch.ones(1, dtype=torch.float64))
     mu = torch.linspace(-10, 10, GRID_5[0], dtype=torch.float64)
     std = torch.logspace(-2, 1, GRID_5[1], dtype=torch.float64)
@@ -461,7 +461,7 @@ def figure_5():
 
 
 def figure_4():
-    """Figure 4 of Scaled MMD: gradients of two critics between two Gaussians of the plane, mu their mean."""
+    """Figure 4 of Scaled MMD: gradients of two critics between two Gaussians of our own, mu their mean."""
     rng = torch.Generator().manual_seed(0)
     centres, std, width = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], dtype=torch.float64), 0.5, 3.0
     line = torch.linspace(-width, width, 61, dtype=torch.float64)
@@ -511,13 +511,17 @@ def main(argv=None):
 
     device = common.setup(args.device)
     torch.set_num_threads(1)            # the matrices are too small to share between cores
-    stacked = None if args.figure == "1" else args.figure
-    runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume, device,
-                            stacked)
+    stacked = None if args.figure == "1" else args.figure       # whose finished runs are not trained again
+    runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume or stacked,
+                            device, stacked)
+    members = [cells(args.figure, seed if stacked else [seed]) for _, seed, _, _ in runs]
+    for (method, *_), own in zip(runs, members):
+        counts = [[common.count(network) for network in networks(METHODS[method], member)] for member in own]
+        g, f, decoder = ("-".join(f"{n:,}" for n in sorted({min(part), max(part)})) for part in zip(*counts))
+        print(f"{method}, runs: {len(own)}; parameters of a generator: {g}, critic: {f}, decoder: {decoder}")
     print(common.log_head(COLUMNS))
-    results = common.interleave([
-        train(method, cells(args.figure, seed if stacked else [seed]), folder, settings, args.steps, device)
-        for method, seed, folder, settings in runs])
+    results = common.interleave([train(method, own, folder, settings, args.steps, device)
+                                 for (method, _, folder, settings), own in zip(runs, members)])
 
     done = []
     for (method, _, folder, _), result in zip(runs, results):
@@ -540,7 +544,8 @@ def main(argv=None):
         print(text)
     if stacked:
         with common.replacing(f"{out}.md") as file:
-            file.write(f"{common.command(__file__, argv)}\n\n{text}\n".encode())
+            made = f"{common.command(__file__, argv)}\n{', '.join(common.machine(device).values())}"
+            file.write(f"{made}\n\n{text}\n".encode())
 
 
 if __name__ == "__main__":

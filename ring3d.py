@@ -68,10 +68,12 @@ def train(method, seed, folder, settings, steps, device):
 
     rng = torch.Generator(device).manual_seed(seed)
     log = common.Log(folder, COLUMNS, steps, device)
-    state = dict(g=g, opt_g=(opt_g := optimizer(g)), rng=rng, log=log)
+    opt_g = optimizer(g)
+    state = dict(g=g, opt_g=opt_g, rng=rng, log=log)
     if f:
         critic = nn.ModuleList([f, decoder] if decoder else [f])
-        state |= dict(critic=critic, opt_f=(opt_f := optimizer(critic)))
+        opt_f = optimizer(critic)
+        state |= dict(critic=critic, opt_f=opt_f)
     centres = common.ring_centres(MODES, RADIUS).to(device)
     sigma = torch.tensor(SIGMA, device=device)
 

@@ -310,8 +310,8 @@ def test_figure_gamn(capsys):
         table_1 = kept(f"runs/ring2d-figuregamn-{method}")[1]["table_1", "mmd"]
         assert table_1.shape == (3, 6) and torch.allclose(table_1.mean(0), torch.tensor([m["mmd"] for m in members]))
     before = open("runs/ring2d-figuregamn-gamn/log.csv").read()
-    run_ring("--figure", "gamn", "--steps", 8, "--seeds", 2, "--resume")            # nothing is trained again
-    assert open("runs/ring2d-figuregamn.md").read().split("\n", 1)[1] == text.split("\n", 1)[1]
+    run_ring("--figure", "gamn", "--steps", 8, "--seeds", 2)            # nothing is trained again
+    assert open("runs/ring2d-figuregamn.md").read() == text
     assert open("runs/ring2d-figuregamn-gamn/log.csv").read() == before
 
 
