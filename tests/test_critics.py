@@ -1,4 +1,4 @@
-"""Adversarial critics, the scaled and the gradient-constrained MMD, and Stack: finite differences, closed forms."""
+"""Adversarial critics, scaled and gradient-constrained MMD, Stack: finite differences, closed forms."""
 import math
 
 import pytest
@@ -89,7 +89,7 @@ def test_gradient_penalty_of_a_flat_critic_is_finite():
 
 
 def test_feasible_set_by_hand():
-    """Means of x (1, 5), of y (3, 2): only the first output breaks E f(x) >= E f(y), by 2; mean over outputs."""
+    """Means of x (1, 5), of y (3, 2): only the first output breaks E f(x) >= E f(y), by 2."""
     h_x, h_y = torch.tensor([[0.0, 4.0], [2.0, 6.0]]), torch.tensor([[3.0, 2.0]])
     assert float(common.feasible_set(h_x, h_y)) == -1
     assert float(common.feasible_set(h_y, h_x)) == -1.5
@@ -176,7 +176,7 @@ def dense(f, x, y, mu, lam):
     both = torch.func.jacrev(torch.func.jacrev(k, 0), 1)
     K = torch.stack([torch.stack([k(u, v) for v in mu]) for u in mu])
     G = torch.stack([torch.stack([torch.func.jacrev(k, 0)(u, v) for v in mu]) for u in mu])      # [M, M, d]
-    H = torch.stack([torch.stack([both(u, v) for v in mu]) for u in mu])                         # [M, M, d, d]
+    H = torch.stack([torch.stack([both(u, v) for v in mu]) for u in mu])                 # [M, M, d, d]
     left = G.permute(0, 2, 1).reshape(M * d, M)
     system = torch.cat([torch.cat([K, left.T], 1),
                         torch.cat([left, H.permute(0, 2, 1, 3).reshape(M * d, M * d)], 1)])

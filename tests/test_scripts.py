@@ -30,15 +30,15 @@ def small(monkeypatch, tmp_path):
         monkeypatch.setattr(cifar, name, value)
     monkeypatch.setattr(cifar, "METHODS", METHODS)
     ring = dict(BATCH=16, POINTS=500, LOG_EVERY=4, TRACE_EVERY=2, SAVE_EVERY=2)
-    plane = dict(PANELS=(2, 6), WIDTHS=(5, 10), NOISES=(2, 4), GAMN_HIDDEN=(12, 12), AVERAGE=6, AVERAGE_EVERY=2,
-                 AVERAGE_POINTS=50, DIRAC_STEPS=40, GRID_5=(5, 4, 3))
+    plane = dict(PANELS=(2, 6), WIDTHS=(5, 10), NOISES=(2, 4), GAMN_HIDDEN=(12, 12), AVERAGE=6,
+                 AVERAGE_EVERY=2, AVERAGE_POINTS=50, DIRAC_STEPS=40, GRID_5=(5, 4, 3))
     for script, values in ((ring2d, ring | plane), (ring3d, ring)):
         for name, value in values.items():
             monkeypatch.setattr(script, name, value)
-    for script in (ring2d, ring3d):
+    for script, panels in ((ring2d, (2,)), (ring3d, (0, 2))):
+        given = dict(panels=panels, batch=16)
         monkeypatch.setattr(script, "METHODS", {
-            name: dict(row, **{k: v for k, v in dict(panels=(2,) if script is ring2d else (0, 2), batch=16).items() if k in row})
-            for name, row in script.METHODS.items()})
+            name: row | {key: given[key] for key in given if key in row} for name, row in script.METHODS.items()})
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
     os.mkdir("data")
@@ -225,11 +225,109 @@ def test_players_of_a_ring_take_their_steps(script, run, monkeypatch):
         critic = row["critic"] if script is ring2d else method != "mmdnet"
         assert count == {"opt_g": {2.0}, "opt_f": {2.0 * each} if critic else set()}, method
         bound = row.get("clip") if script is ring2d else {"mmdgan": 0.1}.get(method)
-        largest = {i: max(float(t.abs().max()) for path, t in tensors.items()
-                          if path[0] == "critic" and path[1].startswith(f"{i}."))
-                   for i in "01" if any(path[0] == "critic" and path[1].startswith(f"{i}.") for path in tensors)}
+        largest = {i: max((float(t.abs().max()) for path, t in tensors.items()
+                           if path[0] == "critic" and path[1].startswith(f"{i}.")), default=0) for i in "01"}
         assert not bound or largest["0"] == pytest.approx(bound)
         assert method != "mmdgan" or largest["1"] > 0.1         # the decoder's weights are free
+
+
+@pytest.mark.parametrize("method", ring2d.METHODS)
+def test_first_update_of_a_ring_is_the_papers(method):
+    """One update written out anew: signs, weights and order of losses; critic steps, clipping, penalties."""
+    run_ring("--method", method, "--steps", 1)
+    _, tensors, log = kept(f"runs/ring2d-{method}-s0")
+    row = ring2d.METHODS[method]
+    n, sigmas = row.get("batch", 16), row.get("sigma", (1.0,))
+    g, f, decoder = ring2d.networks(row, ring2d.cells("1", [0])[0])
+    rng, centres = torch.Generator().manual_seed(0), common.ring_centres(8, 2.0)
+
+    def optimizer(*networks):
+        weights = [p for network in networks if network for p in network.parameters()]
+        if "rmsprop" in row:
+            return torch.optim.RMSprop(weights, row["rmsprop"])
+        return torch.optim.Adam(weights, row["adam"][0], row["adam"][1:])
+
+    def draw():
+        mode = torch.randint(8, (n,), generator=rng)
+        x = centres[mode] + 0.2 * torch.randn(n, 2, generator=rng)
+        return x, g(torch.randn(n, 20, generator=rng))
+
+    def K(a, b):
+        return torch.stack([(-(a[:, None] - b).square().sum(-1) / (2 * s * s)).exp() for s in sigmas])
+
+    def mmd(a, b):
+        squared = sum(k_aa.mean() + k_bb.mean() - 2 * k_ab.mean()
+                      for k_aa, k_bb, k_ab in zip(K(a, a), K(b, b), K(a, b)))
+        return squared if method.startswith("gram") else (squared + 1e-6).sqrt()
+
+    def feasible(x, y):         # the mean over outputs of -relu(-(E f(x) - E f(y)))
+        return -torch.relu(f(y).mean(0) - f(x).mean(0)).mean()
+
+    opt_g, opt_f = optimizer(g), optimizer(f, decoder) if f else None
+    loss_f = None
+    for _ in range(row["steps"]):
+        x, y = draw()
+        y = y.detach()
+        if method == "gan":
+            loss_f = -torch.sigmoid(f(x)).log().mean() - (1 - torch.sigmoid(f(y))).log().mean()
+        elif method.startswith("wgan"):
+            loss_f = f(y).mean() - f(x).mean()
+        else:
+            loss_f = -mmd(f(x), f(y))
+        if method == "mmdgan":
+            codes = torch.cat([x, y])
+            loss_f = loss_f - 16 * feasible(x, y) + 8 * 2 * (decoder(f(codes)) - codes).square().mean()
+        kind, weight = row.get("penalty", (None, 0))
+        norms = [p for layer in f[1::3] for p in layer.parameters()] if "norm" in row else []
+        if kind == "gradient":
+            a = torch.rand(1, n, generator=rng)[0, :, None]
+            between = (a * x + (1 - a) * y).requires_grad_()
+            slope, = torch.autograd.grad(f(between).sum(), between, create_graph=True)
+            loss_f = loss_f + weight * (slope.square().sum(1).sqrt() - 1).square().mean()
+        elif kind == "l1":
+            loss_f = loss_f + weight * sum(p.abs().sum() for p in norms)
+        elif kind:
+            penalised = f.parameters() if kind == "l2-all" else norms
+            loss_f = loss_f + weight * sum((p ** 2).sum() for p in penalised)
+        opt_f.zero_grad()
+        loss_f.backward()
+        opt_f.step()
+        for p in f.parameters() if "clip" in row else ():
+            p.data.clamp_(-row["clip"], row["clip"])
+    x, y = draw()
+    if method.startswith("gram"):
+        a, b = (f(x), f(y)) if row["form"] == "flow" else (f(y), f(x))
+        r = torch.linalg.solve(K(a, a) + 1e-3 * torch.eye(n), K(a, b).sum(2)).mean(0)
+        loss_f = -{"sum": (r - 1).square().mean() + r.sum(), "mean": (r - 1).square().mean() + r.mean(),
+                   "clip": (r.clamp(min=0) - 1).square().mean(), "flow": r.mean()}[row["form"]]
+        gradient = torch.autograd.grad(loss_f, f.parameters(), retain_graph=True)
+    if method == "gan":
+        loss_g = -torch.sigmoid(f(y)).log().mean()
+    elif method.startswith("wgan"):
+        loss_g = f(x).mean() - f(y).mean()
+    else:
+        loss_g = mmd(f(x), f(y)) if f else mmd(x, y)
+    if method == "mmdgan":
+        loss_g = loss_g + 16 * feasible(x, y)
+    if method == "gamn-mmd":
+        loss_g = loss_g + mmd(x, y)
+    opt_g.zero_grad()
+    loss_g.backward()
+    opt_g.step()
+    if method.startswith("gram"):
+        for p, p_gradient in zip(f.parameters(), gradient):
+            p.grad = p_gradient
+        opt_f.step()
+    assert log["loss_g"] == [pytest.approx(float(loss_g.detach()), rel=1e-3, abs=1e-5)]
+    assert loss_f is None or log["loss_f"] == [pytest.approx(float(loss_f.detach()), rel=1e-3, abs=1e-5)]
+    rate = row["rmsprop"] if "rmsprop" in row else row["adam"][0]
+    for name, network in (("g", g), ("critic", f)):
+        for weight, value in network.named_parameters() if network else ():
+            if float(value.grad.abs().max()) < 1e-5:
+                continue        # shifts all outputs, or precedes a batch norm: the gradient is rounding
+            found = tensors[(name, f"network.{weight}") if name == "g" else (name, f"0.network.{weight}")][0]
+            wrong = (found - value).abs() > 0.2 * rate
+            assert wrong.float().mean() < 0.1, (name, weight, float(wrong.float().mean()))
 
 
 def test_every_row_of_ring3d(capsys):
@@ -258,7 +356,7 @@ def test_the_ring_of_ring3d_is_tilted():
 
 
 def test_figure_2(capsys):
-    """Stacks of 2 x 2 cells and 2 seeds; what is counted, and a diverged member that leaves the others alone."""
+    """Stacks of 2 x 2 cells and 2 seeds; what is counted."""
     run_ring("--figure", 2, "--steps", 4, "--seeds", 2)
     printed = capsys.readouterr().out
     text = open("runs/ring2d-figure2.md").read()
@@ -308,7 +406,8 @@ def test_figure_gamn(capsys):
         assert [m["data"] for m in members] == [name for name in ring2d.GAMN_SETS for _ in range(2)]
         assert all(0 < m["mmd"] < 4 and not m["diverged"] for m in members)
         table_1 = kept(f"runs/ring2d-figuregamn-{method}")[1]["table_1", "mmd"]
-        assert table_1.shape == (3, 6) and torch.allclose(table_1.mean(0), torch.tensor([m["mmd"] for m in members]))
+        assert table_1.shape == (3, 6)
+        assert table_1.mean(0).tolist() == pytest.approx([m["mmd"] for m in members])
     before = open("runs/ring2d-figuregamn-gamn/log.csv").read()
     run_ring("--figure", "gamn", "--steps", 8, "--seeds", 2)            # nothing is trained again
     assert open("runs/ring2d-figuregamn.md").read() == text
@@ -319,7 +418,8 @@ def test_average_mmd_is_that_of_each_member():
     x, y = torch.randn(2, 60, 2), torch.randn(2, 60, 2) + 1
     expected = [sum((-(torch.cdist(p, q) ** 2) / (2 * s * s)).exp().mean() * sign for s in ring2d.GAMN_SIGMA
                     for p, q, sign in ((a, a, 1), (b, b, 1), (a, b, -2))) ** 0.5 for a, b in zip(x, y)]
-    assert ring2d.average_mmd(dict(x=x, y=y)).tolist() == pytest.approx([float(e) for e in expected], rel=1e-4)
+    found = ring2d.average_mmd(dict(x=x, y=y)).tolist()
+    assert found == pytest.approx([float(e) for e in expected], rel=1e-4)
 
 
 @pytest.mark.parametrize("name, pictures, said", [
