@@ -5,8 +5,10 @@ Notation, the same in all files
     y ~ q   samples y = g(z) [M, D]        g   generator, z its noise
     k       kernel, sigma its bandwidth    r   density ratio, one value a point
     K_xx, K_xy, K_yy   Gram matrices of f(x) and f(y): stacks [S, N, M], a slice for each bandwidth
+    [..., N, D]        any leading dimensions: the mathematics serves a Stack of models as it serves one
 
-Where each equation stands ("GRAM": Generative Ratio Matching Networks, ICLR 2020)
+Where each equation stands ("GRAM": Generative Ratio Matching Networks, ICLR 2020; "GAMN": Generative
+Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for MMD GANs, NeurIPS 2018)
     gaussian         k(x, y) = exp(-|x - y|^2 / 2 sigma^2)       Li et al. 2017, section 3
     gram             K_xx, K_xy, K_yy from one evaluation of k   GRAM, Algorithm 1
     mmd2             squared MMD, biased or unbiased             GRAM, eq. 2, 10; Gretton et al. 2012, eq. 3
@@ -15,6 +17,14 @@ Where each equation stands ("GRAM": Generative Ratio Matching Networks, ICLR 202
     pearson          mean((r - 1)^2)                             GRAM, eq. 7
     gram_objective   what GRAM's critic maximises, four forms    GRAM, eq. 9, footnote 3; JuliaGRAM; GRAMFlow
     gan_critic, gan_generator                                    Goodfellow et al. 2014
+    witness          the MMD's best critic                       Gretton et al. 2012, section 2.3
+    wasserstein, clip_weights                                    Arjovsky et al. 2017, eq. 2, Algorithm 1
+    feasible_set, reconstruction                                 Li et al. 2017, section 3
+    gradient_penalty                                             Gulrajani et al. 2017, eq. 3; GAMN, eq. 7
+    l1, l2           on norm_weights or on all weights           GAMN, eq. 8, 9
+    smmd2, smmd2_section_4                                       Scaled MMD, Proposition 5; section 4
+    gradient_constrained_mmd2   exact, and its critic            Scaled MMD, Propositions 3, 4
+    sobolev_critic                                               Scaled MMD, appendix B
     frechet_distance, kid                                        Heusel et al. 2017; Binkowski et al. 2018
 
 In four sentences. A kernel compares two sets of points through the Gram matrices of all their pairs: the
@@ -231,7 +241,7 @@ def feasible_set(h_x, h_y):
     """Li et al.'s feasible set reduction, mean over outputs of min(E f(x) - E f(y), 0): [..., N, K] to [...].
 
     Zero where the critic is on average larger on data than on samples, negative elsewhere: the critic's
-    objective and the generator's loss both have it with a plus (Li et al. 2017, section 4; OctoberChang/
+    objective and the generator's loss both have it with a plus (Li et al. 2017, section 3; OctoberChang/
     MMD-GAN, mmd_gan.py). JuliaGRAM's ring code has x and y exchanged, the same up to the sign of the output.
     """
     return (h_x.mean(-2) - h_y.mean(-2)).clamp(max=0).mean(-1)
@@ -241,7 +251,7 @@ def reconstruction(x, x_hat):
     """Mean squared error of an autoencoder, the mean over points and coordinates: [..., N, D] to [...].
 
     MMD-GAN subtracts it from the critic's objective, at data and at samples, to keep the critic injective (Li
-    et al. 2017, eq. 4).
+    et al. 2017, section 3).
     """
     return (x - x_hat).square().mean((-2, -1))
 

@@ -2,14 +2,15 @@
 
     python ring2d.py                       Figure 1 of GRAM: 45 seconds on a CPU core
     python ring2d.py --method mmdgan       Figure 9a of GRAM; gan, mmdnet likewise
-    python ring2d.py --figure 2            Figures 2 and 7 of GRAM: 36 runs a method, stacked
-    python ring2d.py --figure gamn         Figure 1 and Table 1 of GAMN: 9 runs a method, stacked
-    python ring2d.py --figure dirac        Figure 1 of Scaled MMD
-    python ring2d.py --figure gaussians    Figures 4 and 5 of Scaled MMD
+    python ring2d.py --figure 2            Figures 2 and 7 of GRAM: 144 runs, 8 minutes on an H200
+    python ring2d.py --figure gamn         Figure 1 and Table 1 of GAMN: 45 runs, 4 minutes on an H200
+    python ring2d.py --figure dirac        Figure 1 of Scaled MMD: 10 seconds on a CPU
+    python ring2d.py --figure gaussians    Figures 4 and 5 of Scaled MMD: 45 seconds on a CPU
 
-Expect of the first 8 of 8 modes, and 0.88 to 0.90 of the samples within 3 std of a mode (of data: 0.989). A
-run goes to runs/ring2d-METHOD-sSEED/ or runs/ring2d-figureNAME-METHOD/: figure1.png or figure2.png,
-points-UPDATE.npz, log.csv, checkpoint.pt, result.json; what compares methods to runs/ring2d-figureNAME.*.
+Expect of the first 8 of 8 modes, and 0.9 of the samples within 3 std of a mode (of data: 0.989); of
+Figure 2, that GRAM succeeds in 12 of 12 settings. A run goes to runs/ring2d-METHOD-sSEED/, or all of a method
+to runs/ring2d-figureNAME-METHOD/: figure1.png or figure2.png, points-UPDATE.npz, log.csv, checkpoint.pt,
+result.json; what compares methods is runs/ring2d-figureNAME.md and .png.
 """
 import itertools
 import math
@@ -487,7 +488,7 @@ def figure_4():
         axes.contour(line, line, (p + q).T, levels=4, colors="tab:blue", linewidths=0.6)
         axes.quiver(*nodes[some].T, *(field / size.clamp(min=1e-12))[some].T, color="0.75", scale=30)
         axes.quiver(*nodes[some].T, *field[some].T, color="black", scale=20 * float(size[dense].max()))
-        axes.set(title=name, aspect="equal")
+        axes.set(title=name, aspect="equal", xlim=(-4, 4), ylim=(-4, 4))
         text.append(f"{name}: largest gradient {size[dense].max():.3g} where p + q is above a twentieth of "
                     f"its maximum, {size.max():.3g} anywhere")
     return picture, "\n".join(text)

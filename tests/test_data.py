@@ -64,7 +64,7 @@ def test_grid_and_swiss_roll():
     radius = roll.norm(dim=1)
     assert 1.5 * np.pi <= float(radius.min()) and float(radius.max()) <= 4.5 * np.pi
     angle = torch.atan2(roll[:, 1], roll[:, 0])
-    assert torch.allclose((angle - radius).cos(), torch.ones(2_000), atol=1e-4)      # radius = angle, mod 2 pi
+    assert torch.allclose((angle - radius).cos(), torch.ones(2_000), atol=1e-4)  # radius = angle, mod 2 pi
     assert float((radius.sort().values.diff()).max()) == pytest.approx(3 * np.pi / 2_000, rel=0.01)
 
 

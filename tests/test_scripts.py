@@ -38,7 +38,8 @@ def small(monkeypatch, tmp_path):
     for script, panels in ((ring2d, (2,)), (ring3d, (0, 2))):
         given = dict(panels=panels, batch=16)
         monkeypatch.setattr(script, "METHODS", {
-            name: row | {key: given[key] for key in given if key in row} for name, row in script.METHODS.items()})
+            name: row | {key: value for key, value in given.items() if key in row}
+            for name, row in script.METHODS.items()})
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
     os.mkdir("data")
