@@ -70,9 +70,10 @@ def squared_distances(x, y):
     is wrong by 1e-7 |x|^2, which can exceed the ridge of density_ratio and leave a Gram matrix that is not
     positive. So it is summed in float64 and rounded once.
     """
-    a, b = x.double(), y.double()
-    distances = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.mT
-    return distances.clamp(min=0).to(x.dtype)
+    x_2, y_2 = (t.double().square().sum(-1, keepdim=True) for t in (x, y))
+    a = torch.cat([-2 * x.double(), x_2, torch.ones_like(x_2)], -1)
+    b = torch.cat([y.double(), torch.ones_like(y_2), y_2], -1)
+    return (a @ b.mT).to(x.dtype).clamp(min=0)
 
 
 def gaussian(x, y, sigma):
