@@ -229,7 +229,7 @@ def test_players_of_a_ring_take_their_steps(script, run, monkeypatch):
         largest = {i: max((float(t.abs().max()) for path, t in tensors.items()
                            if path[0] == "critic" and path[1].startswith(f"{i}.")), default=0) for i in "01"}
         assert not bound or largest["0"] == pytest.approx(bound)
-        assert method != "mmdgan" or largest["1"] > 0.1         # the decoder's weights are free
+        assert method != "mmdgan" or largest["1"] > 0.11        # the decoder's weights are free
 
 
 @pytest.mark.parametrize("method", ring2d.METHODS)
@@ -327,7 +327,8 @@ def test_first_update_of_a_ring_is_the_papers(method):
             if float(value.grad.abs().max()) < 1e-5:
                 continue        # shifts all outputs, or precedes a batch norm: the gradient is rounding
             found = tensors[(name, f"network.{weight}") if name == "g" else (name, f"0.network.{weight}")][0]
-            wrong = (found - value).abs() > 0.2 * rate
+            firm = value.grad.abs() > 0.01 * value.grad.abs().max()      # the rest's sign may be rounding too
+            wrong = ((found - value).abs() > 0.2 * rate)[firm]
             assert wrong.float().mean() < 0.1, (name, weight, float(wrong.float().mean()))
 
 
@@ -341,6 +342,16 @@ def test_every_row_of_ring3d(capsys):
         points = np.load(f"{folder}/points-2.npz")
         assert points["y"].shape == (1000, 3) and ("f_x" in points) == (method != "mmdnet")
         assert len(common.read_log(folder)["step"]) == 3
+
+
+def test_the_feasible_set_term_of_ring3d(monkeypatch):
+    """Without the MMD, the generator's loss is 16 times what is never positive, here a constant -1."""
+    monkeypatch.setattr(common, "mmd", lambda *K_all: 0 * K_all[1].mean())
+    monkeypatch.setattr(common, "feasible_set", lambda h_x, h_y: 0 * h_y.mean() - 1)
+    monkeypatch.setattr(common, "reconstruction", lambda x, x_hat: 0 * x_hat.mean())
+    run_ring3d("--method", "mmdgan", "--steps", 2)
+    log = common.read_log("runs/ring3d-mmdgan-s0")
+    assert log["loss_g"].tolist() == [-16] and log["loss_f"].tolist() == [16]
 
 
 def test_the_ring_of_ring3d_is_tilted():
@@ -371,6 +382,8 @@ def test_figure_2(capsys):
         assert text.count(f"\n| {method} ") == 1 + 4
         points = np.load(f"{folder}/points-4.npz")
         assert points["y"].shape == (8, 1000, 2) and len({float(y[0, 0]) for y in points["y"]}) == 8
+        weight = kept(folder)[1]["g", "network.0.weight"]           # [8, 10, 4]
+        assert not weight[::2, :, 2:].any() and not weight[:2, 5:].any() and weight[3].all()
     done = dict(diverged=False, least=0.02, share=0.8)
     assert ring2d.succeeds(done)
     for worse in (dict(diverged=True), dict(least=0.019), dict(share=0.79)):
