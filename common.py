@@ -323,6 +323,11 @@ def smmd2_section_4(mmd2, J, coefficient):
     return mmd2 / (1 + coefficient * J.square().sum((-2, -1)).mean(-1))
 
 
+def unit_gaussian(x, y):
+    """The kernel of this section, [..., N, D] and [..., M, D] to [..., 1, N, M]."""
+    return gaussian(x, y, x.new_ones(1))
+
+
 def kernel_jet(a, b):
     """The unit Gaussian kernel K with its first derivatives: a [..., N, S], b [..., M, S], see below.
 
@@ -363,14 +368,11 @@ def gradient_constrained_mmd2(h_x, h_y, h_m, J, lam):
     identity = torch.eye(NA.shape[-1], dtype=NA.dtype, device=NA.device)
     u = torch.linalg.solve_ex(NA + M * lam * identity, Na).result           # [..., M (1 + S), 1]
 
-    def kernel(p, q):
-        return gaussian(p, q, torch.ones(1, dtype=p.dtype, device=p.device))
-
     def critic(h_t):
-        eta = witness(kernel, h_t, h_x, h_y)
+        eta = witness(unit_gaussian, h_t, h_x, h_y)
         return (eta - (kernel_jet(h_m, h_t)[..., 0].flatten(-3, -2) * u).sum(-2)) / lam
 
-    return (mmd2(*gram(kernel, h_x, h_y)) - (a.flatten(-2) * u.squeeze(-1)).sum(-1)) / lam, critic
+    return (mmd2(*gram(unit_gaussian, h_x, h_y)) - (a.flatten(-2) * u.squeeze(-1)).sum(-1)) / lam, critic
 
 
 def sobolev_critic(p, q, mu, spacing):
@@ -780,6 +782,11 @@ def rmsprop(network, lr):
     return torch.optim.RMSprop(network.parameters(), lr, capturable=cuda)
 
 
+def optimizer(network, adam_of=None, rmsprop_of=None):
+    """adam() of (rate, beta_1, beta_2) or rmsprop() of a rate, whichever a row of METHODS names."""
+    return rmsprop(network, rmsprop_of) if adam_of is None else adam(network, adam_of[0], adam_of[1:])
+
+
 def rate(network, lr):
     """A learning rate as its optimizer takes it, and whether the network is on a GPU."""
     device = next(network.parameters()).device
@@ -1031,10 +1038,10 @@ class Log:
 
         Of a Stack's values, [B], it takes the mean of the finite ones: NaN when all have diverged.
         """
-        self.given = [value is not None for value in values]
         def scalar(v):
             return self.zero if v is None else v.where(v.isfinite(), torch.nan).nanmean() if v.ndim else v
 
+        self.given = [value is not None for value in values]
         self.sums += torch.stack([scalar(v).detach() for v in values] + [self.one])
 
     def row(self, step, shown=True):

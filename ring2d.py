@@ -132,21 +132,15 @@ def train(method, members, folder, settings, steps, device):
     g, f, decoder = (common.Stack(own).to(device) if own[0] else None for own in zip(*built))
     B, batch = len(members), row.get("batch", BATCH)
 
-    def optimizer(network):
-        if "rmsprop" in row:
-            return common.rmsprop(network, row["rmsprop"])
-        lr, *betas = row["adam"]
-        return common.adam(network, lr, betas)
-
     rng = torch.Generator(device).manual_seed(members[0]["seed"])
     log = common.Log(folder, COLUMNS, steps, device)
     table_1 = nn.Module()       # the MMDs to average, a part of the checkpoint
     table_1.register_buffer("mmd", torch.zeros(AVERAGE // AVERAGE_EVERY, B, device=device))
-    opt_g = optimizer(g)
+    opt_g = common.optimizer(g, row.get("adam"), row.get("rmsprop"))
     state = dict(g=g, opt_g=opt_g, rng=rng, log=log, table_1=table_1)
     if f:
         critic = nn.ModuleList([f, decoder] if decoder else [f])
-        opt_f = optimizer(critic)
+        opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop"))
         state |= dict(critic=critic, opt_f=opt_f)
 
     sigma = torch.tensor(row.get("sigma", SIGMA), device=device)
@@ -369,10 +363,9 @@ def figure_gamn(folders, results):
 
 def figure_dirac():
     """Figure 1 of Scaled MMD: P at 0, Q at theta, f(x) = psi x; Q descends and the critic ascends."""
-    unit = partial(common.gaussian, sigma=torch.ones(1, dtype=torch.float64))
-
     def losses(theta, psi):         # MMD^2 and SMMD^2, [...]
-        squared = common.mmd2(*common.gram(unit, 0 * theta[..., None, None], (psi * theta)[..., None, None]))
+        h_x, h_y = 0 * theta[..., None, None], (psi * theta)[..., None, None]
+        squared = common.mmd2(*common.gram(common.unit_gaussian, h_x, h_y))
         return squared, common.smmd2(squared, psi[..., None, None, None], SCALED_LAMBDA)
 
     def field(i, theta, psi):
@@ -410,8 +403,8 @@ def figure_dirac():
     best = float(grid[losses(far[0].expand(len(grid)), grid)[1].argmax()])
     for psi, name in ((10.0, "MMD, $\\psi$ = 10"), (1.0, "MMD, $\\psi$ = 1 (spectral norm 1)"),
                       (best, f"SMMD, its best $\\psi$ = {best:.2f}")):
-        norm = common.mmd2(*common.gram(unit, 0 * far, psi * far)).sqrt()
-        axes.plot(t, common.witness(unit, psi * t, 0 * far, psi * far) / norm, label=name)
+        norm = common.mmd2(*common.gram(common.unit_gaussian, 0 * far, psi * far)).sqrt()
+        axes.plot(t, common.witness(common.unit_gaussian, psi * t, 0 * far, psi * far) / norm, label=name)
     axes.set(title="critics of norm 1 at $\\theta$ = 20", xlabel="x")
     axes.legend(fontsize=7)
     return picture, "\n".join(text)
@@ -424,7 +417,6 @@ def quantiles(n):
 
 def figure_5():
     """Figure 5 of Scaled MMD: logs of distances of N(0, 0.1^2) to N(mu, std^2), f(x) = x / psi, lambda 1."""
-    unit = partial(common.gaussian, sigma=torch.ones(1, dtype=torch.float64))
     mu = torch.linspace(-10, 10, GRID_5[0], dtype=torch.float64)
     std = torch.logspace(-2, 1, GRID_5[1], dtype=torch.float64)
     x, noise = 0.1 * quantiles(48), quantiles(128)
@@ -434,7 +426,7 @@ def figure_5():
         for s in std:           # one at a time for memory
             h_x, h_y = (x / psi).expand(len(mu), -1, -1), (mu[:, None, None] + s * noise) / psi
             J = torch.full((len(x), 1, 1), 1 / psi, dtype=torch.float64)
-            squared = common.mmd2(*common.gram(unit, h_x, h_y))
+            squared = common.mmd2(*common.gram(common.unit_gaussian, h_x, h_y))
             constrained, _ = common.gradient_constrained_mmd2(h_x, h_y, x / psi, J, 1.0)
             rows.append(torch.stack([squared, common.smmd2(squared, J, 1.0), constrained]))
         return torch.stack(rows, 1).clamp(min=1e-30).sqrt()

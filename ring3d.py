@@ -29,6 +29,7 @@ LAMBDA = 1.0                        # GRAM, eq. 9
 FEASIBLE, AUTOENCODER = 16.0, 8.0   # weights of MMD-GAN's terms, OctoberChang/MMD-GAN and JuliaGRAM
 CRITIC_STEPS, CLIP = 5, 0.1         # MMD-GAN, appendix B.3 and its footnote
 POINTS = 10_000                     # samples on which modes and shares are counted
+COVERED = 0.02                      # ours: a mode is found with this share of the samples or more
 LOG_EVERY = 1_000                   # rows in the terminal
 TRACE_EVERY = 10                    # rows in log.csv
 SAVE_EVERY = 5_000                  # a multiple of TRACE_EVERY: what is saved has been seen to be finite
@@ -61,19 +62,13 @@ def train(method, seed, folder, settings, steps, device):
     torch.manual_seed(seed)
     g, f, decoder = (network.to(device) if network else None for network in networks(method))
 
-    def optimizer(network):
-        if "rmsprop" in row:
-            return common.rmsprop(network, row["rmsprop"])
-        lr, *betas = row["adam"]
-        return common.adam(network, lr, betas)
-
     rng = torch.Generator(device).manual_seed(seed)
     log = common.Log(folder, COLUMNS, steps, device)
-    opt_g = optimizer(g)
+    opt_g = common.optimizer(g, row.get("adam"), row.get("rmsprop"))
     state = dict(g=g, opt_g=opt_g, rng=rng, log=log)
     if f:
         critic = nn.ModuleList([f, decoder] if decoder else [f])
-        opt_f = optimizer(critic)
+        opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop"))
         state |= dict(critic=critic, opt_f=opt_f)
     centres = common.ring_centres(MODES, RADIUS).to(device)
     sigma = torch.tensor(SIGMA, device=device)
@@ -146,7 +141,7 @@ def train(method, seed, folder, settings, steps, device):
 
     flat = torch.cat([centres.cpu(), torch.zeros(MODES, 1)], 1)
     masses = common.mode_masses(points(POINTS)["y"], tilt(flat), STD)
-    return dict(method=method, seed=seed, updates=step, modes=int((masses >= 0.02).sum()),
+    return dict(method=method, seed=seed, updates=step, modes=int((masses >= COVERED).sum()),
                 share=float(masses.sum()), samples=POINTS, seconds=log.seconds, **common.machine(device))
 
 
