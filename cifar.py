@@ -1,15 +1,19 @@
-"""CIFAR-10 in Generative Ratio Matching Networks (ICLR 2020), Table 1: GRAM, GAN, MMD-net; DCGAN networks.
+"""CIFAR-10 in Generative Ratio Matching Networks (ICLR 2020), Table 1 and Figure 5c: DCGAN networks.
 
     python cifar.py --method gram --features FILE.pt2       under 2 minutes on an H200, an hour on a CPU core
-    python cifar.py --method gram gram-eq9 gan mmdnet --seeds 3 --features FILE.pt2    side by side, 5 minutes
+    python cifar.py --method gram gram-weak gan gan-weak --seeds 3 --features FILE.pt2   at once, 7 minutes
+    python cifar.py --figure 5c --features FILE.pt2         the critic's dimension from 2 to 2048, 2 minutes
 
 Expect a Frechet distance of 47 ± 3 from gram on EfficientNet-Lite0 features (FID has others; see README.md).
-A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json.
+A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json;
+the curves of all runs of a command are runs/cifar-curves.png.
 """
 import sys
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from torch import nn
 
 import common
 
@@ -22,88 +26,141 @@ WEAK = (32, 32, 64)         # widths of the critic, Table 7
 K = 128                     # the critic's dimension, that of the noise, section 4
 SIGMA = (1, 2, 4, 8, 16)    # bandwidths of Li et al. 2017, as section 4 says; GRAMFlow takes them for squares
 BETAS = (0.5, 0.999)        # Adam, GRAMFlow
-RIDGE = 1e-3                # JuliaGRAM, src/kmm.jl; neither in the paper nor in GRAMFlow
 LAMBDA = 1.0                # eq. 9
+FEASIBLE, AUTOENCODER = 16.0, 8.0   # weights of MMD-GAN's terms, here and below OctoberChang/MMD-GAN
+CRITIC_STEPS, CLIP = 5, 0.01        # for each step of its generator
+BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # critic steps of the first 25 updates and of every 500th
+EMA = 0.9998                # samples come from the average of the generator's weights; ours, see README.md
 SAMPLES = 10_000            # to keep and to score
 LOG_EVERY = 200
-GRID_EVERY = 10_000
+GRID_EVERY = 20_000         # and, with --features, a Frechet distance
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
 
-# critic: its widths. form: what it maximises (common.gram_objective, or a GAN's objective). lr: Adam's; 5e-5
-# is the paper's, 1e-4 GRAMFlow's, 1e-3 JuliaGRAM's for MMD-nets.
+# critic: its widths. form: what it maximises, one of common.gram_objective's, or that of GAN or MMD-GAN.
+# ridge: 1e-3 is JuliaGRAM's (src/kmm.jl), neither the paper nor GRAMFlow has one. lr_f, lr_g: rates of critic
+# and generator; 5e-5 is the paper's, 1e-3 JuliaGRAM's for MMD-nets. README.md says how the others were found.
 METHODS = {
-    "gram":      dict(critic=FULL, form="flow", lr=1e-4),
-    "gram-eq9":  dict(critic=FULL, form="sum",  lr=5e-5),
-    "gram-clip": dict(critic=FULL, form="clip", lr=5e-5),
-    "gan":       dict(critic=FULL, form="gan",  lr=1e-4),
-    "mmdnet":    dict(critic=None, form=None,   lr=1e-3),
-    "gram-weak": dict(critic=WEAK, form="flow", lr=1e-4),
-    "gan-weak":  dict(critic=WEAK, form="gan",  lr=1e-4),
+    "gram":         dict(critic=FULL, form="flow",      ridge=1e-2, lr_f=2e-4, lr_g=4e-4),
+    "gram-weak":    dict(critic=WEAK, form="flow",      ridge=1e-2, lr_f=2e-4, lr_g=4e-4),
+    "gram-eq9":     dict(critic=FULL, form="exchanged", ridge=1e-2, lr_f=2e-4, lr_g=4e-4),
+    "gram-printed": dict(critic=FULL, form="sum",       ridge=1e-3, lr_f=5e-5, lr_g=5e-5),
+    "gram-clip":    dict(critic=FULL, form="clip",      ridge=1e-3, lr_f=5e-5, lr_g=5e-5),
+    "gan":          dict(critic=FULL, form="gan",                   lr_f=2e-4, lr_g=2e-4),
+    "gan-weak":     dict(critic=WEAK, form="gan",                   lr_f=2e-4, lr_g=2e-4),
+    "mmdgan":       dict(critic=FULL, form="mmdgan",                lr_f=5e-5, lr_g=5e-5),
+    "mmdnet":       dict(critic=None, form=None,                               lr_g=1e-3),
 }
-PAPER = {"gram": "24.85 ± 0.94", "gram-eq9": "24.85 ± 0.94", "gan": "26.82 ± 0.49",     # FID, Table 1
-         "gram-weak": "24.82 ± 0.62", "gan-weak": "31.64 ± 2.10"}
-COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r")
+METHODS |= {f"gram-k{k}": dict(METHODS["gram"], k=k) for k in (2, 8, 32, 128, 512, 1024, 2048)}
+FIGURES = {"5c": dict(method=[name for name, row in METHODS.items() if "k" in row], steps=20_000)}
+PAPER = {"gram": "24.85 ± 0.94", "gram-printed": "24.85 ± 0.94", "gan": "26.82 ± 0.49",     # FID, Table 1
+         "mmdgan": "40.00 ± 0.56", "gram-weak": "24.82 ± 0.62", "gan-weak": "31.64 ± 2.10"}
+COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
+READINGS = ("condition", "fd")      # of the Gram matrix that the ratio inverts, the largest over bandwidths
 
 
 def networks(row):
-    """Generator, and critic or None, of a row of METHODS."""
-    g = common.dcgan_generator(Z, GENERATOR, 3)
-    out = 1 if row["form"] == "gan" else K
-    return g, common.dcgan_critic(3, row["critic"], out) if row["critic"] else None
+    """Generator, critic and decoder of a row of METHODS, None for what it has not."""
+    out = 1 if row["form"] == "gan" else row.get("k", K)
+    return (common.dcgan_generator(Z, GENERATOR, 3),
+            common.dcgan_critic(3, row["critic"], out) if row["critic"] else None,
+            common.dcgan_generator(out, GENERATOR, 3) if row["form"] == "mmdgan" else None)
 
 
-def train(method, seed, folder, settings, steps, device, images):
-    """One run: a generator function that yields after each generator update and returns the run's result."""
+def train(method, seed, folder, settings, steps, device, images, distance=None):
+    """One run: a generator function that yields after each generator update and returns the run's result.
+
+    distance: from the run's samples, uint8 [SAMPLES, 3, 32, 32], to the number that is logged as fd.
+    """
     row = METHODS[method]
     torch.manual_seed(seed)
-    g, f = networks(row)
-    g.to(device)
-    opt_g = common.adam(g, row["lr"], BETAS)
+    g, f, decoder = (network.to(device) if network else None for network in networks(row))
+
+    def optimizer(network, lr):
+        return common.rmsprop(network, lr) if decoder else common.adam(network, lr, BETAS)
+
+    opt_g, mean_g = optimizer(g, row["lr_g"]), common.Average(g, EMA)
     rng = torch.Generator(device).manual_seed(seed)
-    log = common.Log(folder, COLUMNS, steps, device)
-    state = dict(g=g, opt_g=opt_g, rng=rng, log=log)
-    if f is not None:
-        f.to(device)
-        opt_f = common.adam(f, row["lr"], BETAS)
-        state |= dict(f=f, opt_f=opt_f)
+    log = common.Log(folder, COLUMNS, steps, device, READINGS)
+    state = dict(g=g, opt_g=opt_g, mean_g=mean_g, rng=rng, log=log)
+    if f:
+        critic = nn.ModuleList([f, decoder] if decoder else [f])
+        opt_f = optimizer(critic, row["lr_f"])
+        state |= dict(critic=critic, opt_f=opt_f)
     sigma = torch.tensor(SIGMA, dtype=torch.float32, device=device)
+    K_ratio = torch.zeros(len(sigma), BATCH, BATCH, device=device)      # what the last ratio has inverted
+    loss_ascent = torch.zeros((), device=device)                        # of the last step of MMD-GAN's critic
+
+    def draw():
+        return common.draw_images(images, BATCH, rng), g(common.uniform_noise(BATCH, Z, rng))
 
     def gram(h_x, h_y):
         return common.gram(lambda a, b: common.gaussian(a, b, sigma), h_x, h_y)
 
+    def ascend():                       # MMD-GAN's critic: a step of Li et al. 2017, Algorithm 1
+        x, y = draw()
+        y = y.detach()
+        h_x, h_y = f(x), f(y)
+        held = sum(common.reconstruction(t.flatten(1), decoder(h).flatten(1))
+                   for t, h in ((x, h_x), (y, h_y)))
+        objective = (common.mmd(*gram(h_x, h_y)) + FEASIBLE * common.feasible_set(h_x, h_y)
+                     - AUTOENCODER * held)
+        common.descend((opt_f, -objective))
+        common.clip_weights(f, CLIP)
+        loss_ascent.copy_(-objective.detach())
+
     def update():
-        x = common.draw_images(images, BATCH, rng)
-        y = g(common.uniform_noise(BATCH, Z, rng))
+        x, y = draw()
         if f is None:                   # MMD-net: a fixed kernel on the pixels
             loss_g = common.mmd(*gram(x.flatten(1), y.flatten(1)))
             common.descend((opt_g, loss_g))
-            log.add(None, loss_g, None, None)
+            log.add(None, loss_g, None, None, None)
         elif row["form"] == "gan":      # alternating: the generator sees the critic after its step
             loss_f = common.gan_critic(f(x), f(y.detach()))
             common.descend((opt_f, loss_f))
             loss_g = common.gan_generator(f(y))
             common.descend((opt_g, loss_g))
-            log.add(loss_f, loss_g, None, None)
+            log.add(loss_f, loss_g, None, None, None)
+        elif decoder:                   # MMD-GAN's generator
+            h_x, h_y = f(x), f(y)
+            loss_g = common.mmd(*gram(h_x, h_y)) + FEASIBLE * common.feasible_set(h_x, h_y)
+            common.descend((opt_g, loss_g))
+            log.add(loss_ascent, loss_g, None, None, h_x.var(0).sum() / h_y.var(0).sum())
         else:                           # GRAM, Algorithm 1, simultaneous: one K, both gradients, both steps
-            K_all = gram(f(x), f(y))
-            objective, r = common.gram_objective(*K_all, row["form"], RIDGE, LAMBDA)
+            h_x, h_y = f(x), f(y)
+            K_all = K_xx, _, K_yy = gram(h_x, h_y)
+            objective, r = common.gram_objective(*K_all, row["form"], row["ridge"], LAMBDA)
             loss_g = common.mmd2(*K_all)
             common.descend((opt_f, -objective), (opt_g, loss_g))
-            log.add(-objective, loss_g, common.pearson(r), r.mean())
+            K_ratio.copy_(K_xx.detach() if row["form"] in ("flow", "exchanged") else K_yy.detach())
+            log.add(-objective, loss_g, common.pearson(r), r.mean(), h_x.var(0).sum() / h_y.var(0).sum())
+        mean_g.follow(g)
+
+    def readings(step):
+        found = {}
+        if "ridge" in row:
+            values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
+            found["condition"] = float((values[:, -1] / values[:, 0]).max())
+        if distance and (step % GRID_EVERY == 0 or step == steps):
+            found["fd"] = distance(sample(SAMPLES))
+        return found
 
     @torch.no_grad()
     def sample(n):      # of the same noise always; batch norm by at most 500 at a time (common.batch_norm)
         z = common.uniform_noise(n, Z, torch.Generator().manual_seed(0)).to(device)
-        return torch.cat([common.to_bytes(g(part)) for part in z.split(500)]).cpu()
+        return torch.cat([common.to_bytes(mean_g.network(part)) for part in z.split(500)]).cpu()
 
     step = common.load(folder, state, settings)
     update = common.capture(update, state)
+    ascend = common.capture(ascend, state) if decoder else None
     log.start(step)
     while step < steps:
+        if decoder:
+            for _ in range(BURST if step < BURST_UNTIL or step % BURST_EVERY == 0 else CRITIC_STEPS):
+                ascend()
         update()
         step += 1
         if step % LOG_EVERY == 0 or step == steps:
-            log.row(step)
+            log.row(step, **readings(step))
         if step % GRID_EVERY == 0 or step == steps:
             common.save_grid(f"{folder}/samples-{step}.png", sample(128))
         if step % SAVE_EVERY == 0 or step == steps:
@@ -113,6 +170,45 @@ def train(method, seed, folder, settings, steps, device, images):
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, sample(SAMPLES).numpy())
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **common.machine(device))
+
+
+def curves(runs):
+    """The logs of runs as curves over updates, a colour a method, a line a seed."""
+    titles = {"fd": "Fréchet distance to the test images", "mean_r": "mean of r",
+              "condition": "condition number of K + ridge I",
+              "spread": "variance of f(x) over variance of f(y)"}
+    methods = list(dict.fromkeys(method for method, *_ in runs))
+    picture = Figure(figsize=(11, 6.5), layout="constrained")
+    for axes, (column, title) in zip(picture.subplots(2, 2).flat, titles.items()):
+        for method, _, folder, _ in runs:
+            log = common.read_log(folder)
+            there = np.isfinite(log[column])
+            if there.any():
+                axes.plot(log["step"][there], log[column][there], color=f"C{methods.index(method)}",
+                          linewidth=1, marker="." if column == "fd" else None, label=method)
+        labels = dict(zip(*reversed(axes.get_legend_handles_labels())))     # one for each method
+        if labels:
+            axes.legend(labels.values(), labels, fontsize=7)
+            axes.set_yscale("log")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("update", fontsize=8)
+        axes.tick_params(labelsize=7, which="both")
+    return picture
+
+
+def figure_5c(runs, results):
+    """Figure 5c: the Frechet distance over the critic's dimension."""
+    found = [(METHODS[method]["k"], result["fd"]) for (method, *_), result in zip(runs, results)
+             if isinstance(result, dict) and "fd" in result]
+    picture = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = picture.add_subplot()
+    dimensions = sorted({k for k, _ in found})
+    axes.plot(dimensions, [np.mean([fd for k, fd in found if k == own]) for own in dimensions])
+    axes.scatter(*zip(*found), s=12)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("K, the critic's dimension")
+    axes.set_ylabel("Fréchet distance")
+    return picture
 
 
 def report(methods, results, data):
@@ -134,7 +230,14 @@ def report(methods, results, data):
 
 
 def main(argv=None):
-    args = common.flags(__doc__, METHODS, ["gram"], STEPS, images=True).parse_args(argv)
+    parser = common.flags(__doc__, METHODS, ["gram"], STEPS, images=True)
+    parser.add_argument("--figure", choices=list(FIGURES), metavar="NAME",
+                        help=f"draw {', '.join(FIGURES)}; what has been trained for it is not trained again")
+    parser.set_defaults(**FIGURES.get(parser.parse_args(argv).figure, {}))
+    args = parser.parse_args(argv)
+    if args.figure and not args.features:
+        sys.exit(f"--figure {args.figure}: found no --features, expected the network to score with")
+    args.resume = args.resume or bool(args.figure)
     device = common.setup(args.device)
     features = common.load_features(args.features, device) if args.features else None
     images, test = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
@@ -143,13 +246,19 @@ def main(argv=None):
     runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume, device)
     images = images.to(device)
     for method in dict.fromkeys(args.method):
-        g, f = networks(METHODS[method])
-        print(f"{method}: generator of {common.count(g):,} parameters, critic of {common.count(f):,}")
-    print(common.log_head(COLUMNS))
-    results = common.interleave([train(*run, args.steps, device, images) for run in runs])
+        g, f, decoder = networks(METHODS[method])
+        print(f"{method}: generator of {common.count(g):,} parameters, critic of {common.count(f):,}, "
+              f"decoder of {common.count(decoder):,}")
+    print(common.log_head(COLUMNS + READINGS))
+    reference = common.extract(features, test, device) if features else None
+
+    def distance(samples):
+        return common.frechet_distance(common.extract(features, samples, device), reference)
+
+    given = args.steps, device, images, distance if features else None
+    results = common.interleave([train(*run, *given) for run in runs])
 
     command = common.command(__file__, argv)
-    reference = common.extract(features, test, device) if features else None
     for (_, _, folder, _), result in zip(runs, results):
         if isinstance(result, FloatingPointError):
             print(f"{folder}: {result}")
@@ -158,6 +267,13 @@ def main(argv=None):
             result |= common.score(common.read_images(f"{folder}/samples.npy"), reference, features, device)
         common.write_json(f"{folder}/result.json", dict(result, command=command))
         print(f"{folder}: {result['updates']:,} updates, grids, samples.npy, checkpoint.pt, result.json")
+    finished = [run for run, result in zip(runs, results) if isinstance(result, dict)]
+    if finished:
+        common.save_figure(f"{args.out}/cifar-curves.png", curves(finished))
+        print(f"{args.out}/cifar-curves.png")
+    if finished and args.figure:
+        common.save_figure(f"{args.out}/cifar-figure{args.figure}.png", figure_5c(runs, results))
+        print(f"{args.out}/cifar-figure{args.figure}.png")
     if not features:
         print(f"to score the samples: {command}{'' if args.resume else ' --resume'} --features FILE.pt2")
     print(f"\n{report([method for method, *_ in runs], results, f'the {len(test):,} test images')}")

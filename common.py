@@ -15,7 +15,7 @@ Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for M
     mmd              its square root, with a slope at 0          JuliaGRAM 44159b2
     density_ratio    r = K_qq^-1 K_qp 1                          GRAM, eq. 8
     pearson          mean((r - 1)^2)                             GRAM, eq. 7
-    gram_objective   what GRAM's critic maximises, four forms    GRAM, eq. 9, footnote 3; JuliaGRAM; GRAMFlow
+    gram_objective   what GRAM's critic maximises, five forms    GRAM, eq. 9, footnote 3; JuliaGRAM; GRAMFlow
     gan_critic, gan_generator                                    Goodfellow et al. 2014
     witness          the MMD's best critic                       Gretton et al. 2012, section 2.3
     wasserstein, clip_weights                                    Arjovsky et al. 2017, eq. 2, Algorithm 1
@@ -138,8 +138,11 @@ def density_ratio(K_qq, K_qp, ridge):
     K_qq [..., S, M, M], K_qp [..., S, M, N]; returns r [..., M], the solution of (K_qq + ridge I) r =
     (M / N) K_qp 1: weights on the points of q that give it the kernel mean of p. The paper prints no M / N
     (it has M = N) and no ridge, but without one r is noise in float32: JuliaGRAM adds 1e-3 (src/kmm.jl),
-    GRAMFlow nothing. r may be negative, vanishes at bandwidths far below distances, and is NaN where rounding
-    leaves K_qq + ridge I not positive definite.
+    GRAMFlow nothing. With one, r are the values at y of the function w in the kernel's space that minimises
+    mean(w(y)^2) / 2 - mean(w(x)) + ridge / (2 M) |w|^2 (KuLSIF; Kanamori et al. 2012). r may be negative, and
+    vanishes at bandwidths far below distances; it is NaN where rounding leaves K_qq + ridge I not positive
+    definite. Whatever p and q are, mean(r^2) can reach M / (4 ridge), and no more: (M / N) K_qp 1 are values
+    of M times a function of norm 1, and k / (k + ridge)^2 <= 1 / (4 ridge) for each eigenvalue k of K_qq.
 
     The factors take no part in the gradient: P = A^-1 and r_0 = P b are constants, and a step of refinement,
     r = r_0 + P (b - A r_0), has the solution's value and its derivative dr = A^-1 (db - dA r_0).
@@ -168,29 +171,36 @@ def pearson(r):
 def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
     """What GRAM's critic maximises, and the ratio that it is made of: ([...], r).
 
-    form    objective                   r             source
-    sum     pearson(r) + lam sum(r)     p / q at y    GRAM, eq. 9, lam = 1; JuliaGRAM since 7e6da00
-    mean    pearson(r) + lam mean(r)    p / q at y    JuliaGRAM 441596b, the "camera ready" code
-    clip    pearson(max(r, 0))          p / q at y    GRAM, footnote 3; JuliaGRAM 44159b2
-    flow    mean(r)                     q / p at x    GRAMFlow.ipynb, the authors' code for CIFAR-10
+    form       objective                   r             source
+    sum        pearson(r) + lam sum(r)     p / q at y    GRAM, eq. 9, lam = 1; JuliaGRAM since 7e6da00
+    mean       pearson(r) + lam mean(r)    p / q at y    JuliaGRAM 441596b, the "camera ready" code
+    clip       pearson(max(r, 0))          p / q at y    GRAM, footnote 3; JuliaGRAM 44159b2
+    exchanged  pearson(r) + lam sum(r)     q / p at x    GRAM, eq. 9 with p and q exchanged; ours
+    flow       mean(r)                     q / p at x    GRAMFlow.ipynb, the authors' code for CIFAR-10
 
     E_q[p / q] = E_p[q / p] = 1 for EVERY critic: sum(r) and mean(r) estimate a constant and are no
-    divergence. They teach the critic only through what the finite sample, the ridge and the supports do to
-    the estimate. How far mean(r) is from 1 tells how far that goes: where all of K_xy is 0 so is r, which is
-    the dead end of "clip", since its gradient is 0 there too. Raises ValueError for another form.
+    divergence. They teach the critic through what the finite sample does to the estimate. The mean of r at y
+    is the mean over x of the ridge regression that is to be 1 at all of y: near 0 where x is far from y, and
+    above 1 where x is in the middle of y. So "sum" and "mean" spread the samples around the data and draw the
+    data together, which the generator then follows; "exchanged" and "flow" spread the data around the
+    samples, never far from them, and the generator has to spread its samples. pearson(r) can always be raised
+    by variance (density_ratio has the bound). Where all of K_xy is 0 so is r, the dead end of "clip", whose
+    gradient is 0 there too. Raises ValueError for another form.
     """
-    if form == "flow":
+    if form in ("exchanged", "flow"):
         r = density_ratio(K_xx, K_xy, ridge)        # the notebook's denominator block is the data
-        return r.mean(-1), r
-    r = density_ratio(K_yy, K_xy.mT, ridge)
-    if form == "sum":
+    else:
+        r = density_ratio(K_yy, K_xy.mT, ridge)
+    if form in ("sum", "exchanged"):
         return pearson(r) + lam * r.sum(-1), r
     if form == "mean":
         return pearson(r) + lam * r.mean(-1), r
     if form == "clip":
         r = r.clamp(min=0)
         return pearson(r), r
-    raise ValueError(f"form {form!r}: expected sum, mean, clip or flow")
+    if form == "flow":
+        return r.mean(-1), r
+    raise ValueError(f"form {form!r}: expected sum, mean, clip, exchanged or flow")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -531,6 +541,26 @@ def dcgan_critic(channels, widths, out):
     for a, b in zip([channels, *widths], widths):
         layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False), batch_norm(b), nn.LeakyReLU(0.2, inplace=True)]
     return dcgan_init(nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, out)))
+
+
+class Average(nn.Module):
+    """A network, as `network`, with a moving average of the weights that another one had at each follow().
+
+    m <- m + w (p - m), w = max(1 - decay, 9 / (9 + t)) at the t-th call: early weights are soon forgotten,
+    later the average is exponential (the schedule of tf.train.ExponentialMovingAverage with num_updates).
+    """
+
+    def __init__(self, network, decay):
+        super().__init__()
+        self.network, self.decay = copy.deepcopy(network).requires_grad_(False), decay
+        self.register_buffer("t", torch.zeros((), device=next(network.parameters()).device))
+
+    @torch.no_grad()
+    def follow(self, network):
+        self.t += 1
+        w = (9 / (9 + self.t)).clamp(min=1 - self.decay)
+        for mean, p in zip(self.network.parameters(), network.parameters()):
+            mean.lerp_(p, w)
 
 
 def count(network):
@@ -1005,12 +1035,13 @@ class Log:
 
     columns: names of the scalars that add() takes; steps: updates of the run in all, for the time left. They
     are summed on the device, inside the captured update, so a row costs one synchronisation. A row of the
-    terminal has the means since the last one there, over as many rows of the file as there were.
+    terminal has the means since the last one there, over as many rows of the file as there were. readings:
+    names of what is not a mean, but read off when row() is called and given to it.
     """
 
-    def __init__(self, folder, columns, steps, device):
+    def __init__(self, folder, columns, steps, device, readings=()):
         self.path, self.name = f"{folder}/log.csv", os.path.basename(folder)
-        self.columns, self.steps = columns, steps
+        self.columns, self.steps, self.readings = columns, steps, readings
         self.sums = torch.zeros(len(columns) + 1, device=device)        # the last one counts the updates
         self.zero, self.one = torch.tensor([0.0, 1.0], device=device)
         self.given, self.seconds, self.unshown = [], 0.0, np.zeros(len(columns) + 1)
@@ -1024,7 +1055,7 @@ class Log:
 
     def start(self, step):
         """Start the clock at an update, and the file with the rows that it has up to there."""
-        rows = [["step", *self.columns, "seconds"]]
+        rows = [["step", *self.columns, *self.readings, "seconds"]]
         if step and os.path.exists(self.path):
             with open(self.path, newline="") as file:
                 whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(rows[0])]
@@ -1044,8 +1075,8 @@ class Log:
         self.given = [value is not None for value in values]
         self.sums += torch.stack([scalar(v).detach() for v in values] + [self.one])
 
-    def row(self, step, shown=True):
-        """Write the means since the last row; raises FloatingPointError if one is not finite."""
+    def row(self, step, shown=True, **readings):
+        """Write the means since the last row, and the readings; FloatingPointError if one is infinite."""
         sums, now = np.array(self.sums.tolist()), time.perf_counter()
         self.sums.zero_()
         self.unshown += sums
@@ -1054,12 +1085,13 @@ class Log:
         for name, mean in zip(self.columns, means):
             if mean is not None and not math.isfinite(mean):
                 raise FloatingPointError(f"diverged at update {step:,}: {name} is {mean}")
+        readings = [readings.get(name) for name in self.readings]
         with open(self.path, "a") as file:
-            values = ["" if mean is None else repr(mean) for mean in means]
+            values = ["" if value is None else repr(value) for value in [*means, *readings]]
             file.write(",".join([str(step), *values, f"{self.seconds:.2f}"]) + "\n")
         if shown:
-            means = self.means(self.unshown)
-            cells = [f"{'-' if mean is None else format(mean, '.4g'):>11}" for mean in means]
+            values = [*self.means(self.unshown), *readings]
+            cells = [f"{'-' if value is None else format(value, '.4g'):>11}" for value in values]
             rate = (step - self.shown[0]) / (now - self.shown[1])
             minutes, left = divmod(round((self.steps - step) / rate), 60)
             print(f"{self.name:<20}{step:>9,}{''.join(cells)}{rate:>11.1f}{minutes:>8}:{left:02}", flush=True)
@@ -1147,7 +1179,7 @@ def machine(device):
 
 def show(**settings):
     """Print names and values in two columns."""
-    cells = [f"{name:<12}{value}" for name, value in settings.items()]
+    cells = [f"{name:<12} {value}" for name, value in settings.items()]
     left, right = cells[:(len(cells) + 1) // 2], cells[(len(cells) + 1) // 2:]
     for a, b in itertools.zip_longest(left, right, fillvalue=""):
         print(f"{a:<{max(map(len, left)) + 4}}{b}".rstrip())

@@ -120,6 +120,50 @@ def test_ratio_of_equal_distributions_is_near_one():
     assert float(common.density_ratio(K_yy, K_xy.mT, 1.0).mean()) == pytest.approx(1, abs=0.05)
 
 
+def test_ratio_is_kulsif():
+    """r are the values at y of the minimiser of mean(w(y)^2) / 2 - mean(w(x)) + ridge / 2M |w|^2."""
+    x, y = sets(7, 5)
+    M, ridge = 5, 0.2
+    K_xx, K_xy, K_yy = (K[0] for K in blocks(x, y, SIGMA[:1]))
+    K = torch.cat([torch.cat([K_xx, K_xy], 1), torch.cat([K_xy.T, K_yy], 1)])       # w = sum of a_i k(., z_i)
+    quadratic = K[:, 7:] @ K[7:] / M + ridge / M * K
+    a = torch.linalg.lstsq(quadratic, K[:, :7].mean(1, keepdim=True), driver="gelsd").solution
+    r = common.density_ratio(K_yy[None], K_xy.T[None], ridge)
+    assert torch.allclose((K[7:] @ a).squeeze(1), r, rtol=1e-6)
+
+
+def test_squared_ratio_has_its_bound():
+    """mean(r^2) <= M / (4 ridge), and one point whose kernel is the ridge reaches it."""
+    ridge = 1e-3
+    largest = 0
+    for seed in range(50):
+        rng = torch.Generator().manual_seed(seed)
+        spread = 10 ** (4 * torch.rand(2, 1, 1, generator=rng) - 2)
+        x, y = (spread * torch.randn(2, 12, 3, generator=rng)).double()
+        for sigma in SIGMA:
+            _, K_xy, K_yy = blocks(x, y, sigma[None])
+            largest = max(largest, float(common.density_ratio(K_yy, K_xy.mT, ridge).square().mean()))
+    assert 0.01 < largest / (12 / (4 * ridge)) < 1
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    r = common.density_ratio(ridge * one, ridge ** 0.5 * one, ridge)
+    assert float(r) ** 2 == pytest.approx(1 / (4 * ridge))
+
+
+def test_mean_ratio_is_above_one_in_the_middle():
+    """Of a set in the middle of the other, below one of a set around it, nothing far off (gram_objective)."""
+    angle = torch.arange(16, dtype=torch.float64) * math.pi / 8
+    around = torch.stack([angle.cos(), angle.sin()], 1)
+
+    def means(x, y):
+        K = blocks(x, y, SIGMA[1:2])
+        return [float(common.gram_objective(*K, form, 1e-3, 1.0)[1].mean()) for form in ("flow", "sum")]
+
+    (flow, printed), swapped = means(around, 0.1 * around), means(0.1 * around, around)
+    assert flow > 1.2 and printed < 0.8
+    assert swapped == pytest.approx([printed, flow])
+    assert max(means(around, 0.1 * around + 20)) < 1e-6
+
+
 # ---- objectives -------------------------------------------------------------------------------------------
 
 
@@ -134,7 +178,8 @@ def test_objectives_are_what_their_equations_say():
     q_over_p = np.mean([np.linalg.solve(P + 0.1 * np.eye(6), C.sum(1)) for P, C in zip(K_xx, K_xy)], 0)
     divergence = ((p_over_q - 1) ** 2).mean()
     expected = {"sum": divergence + 0.7 * p_over_q.sum(), "mean": divergence + 0.7 * p_over_q.mean(),
-                "clip": ((np.maximum(p_over_q, 0) - 1) ** 2).mean(), "flow": q_over_p.mean()}
+                "clip": ((np.maximum(p_over_q, 0) - 1) ** 2).mean(), "flow": q_over_p.mean(),
+                "exchanged": ((q_over_p - 1) ** 2).mean() + 0.7 * q_over_p.sum()}
     for form, value in expected.items():
         assert float(objective(form, x, y)[0]) == pytest.approx(value, rel=1e-9), form
     assert torch.allclose(objective("sum", x, y)[1], torch.tensor(p_over_q))
@@ -143,7 +188,7 @@ def test_objectives_are_what_their_equations_say():
         objective("eq9", x, y)
 
 
-@pytest.mark.parametrize("form", ["sum", "mean", "clip", "flow"])
+@pytest.mark.parametrize("form", ["sum", "mean", "clip", "exchanged", "flow"])
 def test_gradients_of_objectives(form):
     """Against finite differences in float64, with a set of ratios that clipping does and does not touch."""
     x, y = (s.requires_grad_() for s in sets(6, 6, 2, shift=2.0))

@@ -19,7 +19,8 @@ import ring3d
 from conftest import export, says
 
 ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
-SMALL = dict(BATCH=8, Z=8, GENERATOR=(16, 8, 8), K=8, SAMPLES=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2)
+SMALL = dict(BATCH=8, Z=8, GENERATOR=(16, 8, 8), K=8, SAMPLES=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2,
+             BURST=2, BURST_UNTIL=1, CRITIC_STEPS=1)
 METHODS = {name: dict(row, critic=row["critic"] and (4, 8, 8)) for name, row in cifar.METHODS.items()}
 
 
@@ -94,38 +95,46 @@ def test_every_row_of_cifar(capsys):
         assert result["command"].startswith("python cifar.py --device cpu --method gram ")
         assert f"| {method} " in printed
     assert "to score the samples: python cifar.py" in printed and "--resume --features FILE.pt2" in printed
-    assert printed.rstrip().splitlines()[-1].startswith("| gan-weak")      # the table is the last thing
+    assert printed.rstrip().splitlines()[-1].startswith("| gram-k2048")    # the table is the last thing
     assert "26.82 ± 0.49" in printed and "BATCH" in printed
-    assert "mmdnet: generator of 5,827 parameters, critic of 0" in printed
+    assert "mmdnet: generator of 5,827 parameters, critic of 0, decoder of 0" in printed
 
 
-def test_both_players_take_every_step():
-    """As many steps of the critic, where there is one, as of the generator; all weights of both move."""
+def test_all_players_take_their_steps():
+    """As many steps of the critic as its row says, of the generator one an update; all weights move."""
     run_cifar("--method", *METHODS, "--steps", 4)
     for method, row in METHODS.items():
         _, tensors, _ = kept(f"runs/cifar-{method}-s0")
-        assert (("f", "0.weight") in tensors) == (row["critic"] is not None)
-        assert {float(t) for path, t in tensors.items() if path[-1] == "step"} == {4.0}, method
+        assert (("critic", "0.0.weight") in tensors) == (row["critic"] is not None)
+        taken = {name: {float(t) for path, t in tensors.items() if path[0] == name and path[-1] == "step"}
+                 for name in ("opt_g", "opt_f")}
+        # of MMD-GAN two steps of the critic at update 1, then one
+        critic = {"mmdgan": {5.0}, "mmdnet": set()}.get(method, {4.0})
+        assert taken == {"opt_g": {4.0}, "opt_f": critic}, method
         torch.manual_seed(0)
-        for name, network in zip("gf", cifar.networks(row)):
+        for name, network in zip(("g", "critic.0", "critic.1"), cifar.networks(row)):
+            name, *part = name.split(".")
             for weight, start in (network.state_dict() if network else {}).items():
-                assert not torch.equal(tensors[name, weight], start), (method, name, weight)
+                moved = tensors[name, ".".join([*part, weight])]
+                assert not torch.equal(moved, start), (method, name, weight)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_first_update_is_the_papers(method):
-    """One update written out anew: signs, order of the players, which loss is whose."""
+    """One update written out anew: signs, order of the players, which loss is whose, the average."""
     run_cifar("--method", method, "--steps", 1)
     step, tensors, log = kept(f"runs/cifar-{method}-s0")
-    row, sigma = METHODS[method], torch.tensor([1.0, 2, 4, 8, 16])
+    row = METHODS[method]
+    sigma = torch.tensor([1.0, 2, 4, 8, 16])
     torch.manual_seed(0)
-    g, f = cifar.networks(row)
+    g, f, decoder = cifar.networks(row)
+    g_0 = {name: weight.clone() for name, weight in g.state_dict().items()}
     rng = torch.Generator().manual_seed(0)
     images = torch.from_numpy(np.load("data/cifar10-train.npy")).float() / 127.5 - 1
-    x = images[torch.randint(60, (8,), generator=rng)]
-    y = g(torch.rand(8, 8, generator=rng) * 2 - 1)
-    opt_g = torch.optim.Adam(g.parameters(), row["lr"], (0.5, 0.999))
-    opt_f = torch.optim.Adam(f.parameters(), row["lr"], (0.5, 0.999)) if f else None
+
+    def draw():
+        x = images[torch.randint(60, (8,), generator=rng)]
+        return x, g(torch.rand(8, 8, generator=rng) * 2 - 1)
 
     def K(a, b):
         return (-(a[:, None] - b).square().sum(-1) / (2 * sigma.square())[:, None, None]).exp()
@@ -134,9 +143,31 @@ def test_first_update_is_the_papers(method):
         return (K(a, a).mean((1, 2)) + K(b, b).mean((1, 2)) - 2 * K(a, b).mean((1, 2))).sum()
 
     def ratio(a, b):            # of the density of b to that of a, at a
-        return torch.linalg.solve(K(a, a) + 1e-3 * torch.eye(8), K(a, b).sum(2)).mean(0)
+        return torch.linalg.solve(K(a, a) + row["ridge"] * torch.eye(8), K(a, b).sum(2)).mean(0)
 
-    if method == "mmdnet":
+    def least(h_x, h_y):        # MMD-GAN's MMD and feasible set
+        return (mmd2(h_x, h_y) + 1e-6).sqrt() + 16 * (h_x.mean(0) - h_y.mean(0)).clamp(max=0).mean()
+
+    if method == "mmdgan":
+        opt_g = torch.optim.RMSprop(g.parameters(), 5e-5)
+        opt_f = torch.optim.RMSprop([*f.parameters(), *decoder.parameters()], 5e-5)
+        for _ in range(2):
+            x, y = draw()
+            h_x, h_y = f(x), f(y.detach())
+            held = (x - decoder(h_x)).square().mean() + (y.detach() - decoder(h_y)).square().mean()
+            opt_f.zero_grad()
+            loss_f = 8 * held - least(h_x, h_y)
+            loss_f.backward()
+            opt_f.step()
+            for p in f.parameters():
+                p.data.clamp_(-0.01, 0.01)
+    else:
+        opt_g = torch.optim.Adam(g.parameters(), row["lr_g"], (0.5, 0.999))
+        opt_f = torch.optim.Adam(f.parameters(), row["lr_f"], (0.5, 0.999)) if f else None
+    x, y = draw()
+    if method == "mmdgan":
+        loss_g = least(f(x), f(y))
+    elif method == "mmdnet":
         loss_f, loss_g = None, (mmd2(x.flatten(1), y.flatten(1)) + 1e-6).sqrt()
     elif method.startswith("gan"):
         loss_f = -torch.sigmoid(f(x)).log().mean() - (1 - torch.sigmoid(f(y))).log().mean()
@@ -145,12 +176,17 @@ def test_first_update_is_the_papers(method):
         loss_g = -torch.sigmoid(f(y)).log().mean()          # then the generator against the new one
     else:
         f_x, f_y = f(x), f(y)
-        r = ratio(f_y, f_x)
-        loss_f = -{"gram": ratio(f_x, f_y).mean(), "gram-weak": ratio(f_x, f_y).mean(),
+        printed = method in ("gram-printed", "gram-clip")       # p / q at y, and otherwise q / p at x
+        K_ratio, r = (K(f_y, f_y), ratio(f_y, f_x)) if printed else (K(f_x, f_x), ratio(f_x, f_y))
+        loss_f = -{"gram-printed": (r - 1).square().mean() + r.sum(),
                    "gram-eq9": (r - 1).square().mean() + r.sum(),
-                   "gram-clip": (r.clamp(min=0) - 1).square().mean()}[method]
+                   "gram-clip": (r.clamp(min=0) - 1).square().mean()}.get(method, r.mean())
         loss_g = mmd2(f_x, f_y)
         gradient = torch.autograd.grad(loss_f, f.parameters(), retain_graph=True)
+        values = np.linalg.cond((K_ratio + row["ridge"] * torch.eye(8)).detach().double().numpy())
+        assert log["condition"] == [pytest.approx(values.max(), rel=1e-2)]
+        spread = float((f_x.var(0).sum() / f_y.var(0).sum()).detach())
+        assert log["spread"] == [pytest.approx(spread, rel=1e-4)]
     opt_g.zero_grad()
     loss_g.backward()
     if method.startswith("gram"):                           # both gradients were taken at the same weights
@@ -160,12 +196,16 @@ def test_first_update_is_the_papers(method):
     opt_g.step()
     assert log["loss_g"] == [pytest.approx(float(loss_g.detach()), rel=1e-4)]
     assert loss_f is None or log["loss_f"] == [pytest.approx(float(loss_f.detach()), rel=1e-4)]
-    for name, network in (("g", g), ("f", f)):
-        for weight, value in (network.state_dict() if network else {}).items():
-            if (name, weight) == ("f", "10.bias") and method.startswith("gram"):
+    for name, network in (("g", g), ("critic", torch.nn.ModuleList([n for n in (f, decoder) if n]))):
+        for weight, value in network.state_dict().items():
+            if (name, weight) == ("critic", "0.10.bias") and method.startswith("gram"):
                 continue        # it moves all outputs alike: its gradient is rounding
-            wrong = (tensors[name, weight] - value).abs() > 0.1 * row["lr"]
-            assert wrong.float().mean() < 0.02, (name, weight)
+            first = row["lr_g" if name == "g" else "lr_f"] * (10 if method == "mmdgan" else 1)   # RMSprop's
+            wrong = (tensors[name, weight] - value).abs() > 0.1 * first
+            assert wrong.sum() <= max(1, 0.02 * wrong.numel()), (name, weight)      # rounding
+    for weight, start in g_0.items():
+        mean = start + 0.9 * (tensors["g", weight] - start)         # max(1 - 0.9998, 9 / (9 + 1))
+        assert torch.allclose(tensors["mean_g", f"network.{weight}"], mean, atol=1e-7), weight
 
 
 def test_scores_and_their_names(capsys):
@@ -592,11 +632,11 @@ def test_bad_input():
 def test_checkpoints_of_other_runs_are_refused(monkeypatch):
     run_cifar("--method", "gram", "gan", "--steps", 2)
     before = kept("runs/cifar-gram-s0")
-    monkeypatch.setattr(cifar, "RIDGE", 0.5)
-    with says("cifar-gram-s0/checkpoint.pt", "RIDGE = 0.001, expected 0.5"):
+    monkeypatch.setattr(cifar, "LAMBDA", 0.5)
+    with says("cifar-gram-s0/checkpoint.pt", "LAMBDA = 1.0, expected 0.5"):
         run_cifar("--steps", 4, "--resume")
-    monkeypatch.setattr(cifar, "RIDGE", 1e-3)
-    monkeypatch.setattr(cifar, "METHODS", {"gram": dict(METHODS["gram"], lr=1.0)})
+    monkeypatch.setattr(cifar, "LAMBDA", 1.0)
+    monkeypatch.setattr(cifar, "METHODS", {"gram": dict(METHODS["gram"], lr_g=1.0)})
     with says("row = ", "expected"):
         run_cifar("--steps", 4, "--resume")
     monkeypatch.setattr(cifar, "METHODS", METHODS)
