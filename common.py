@@ -171,27 +171,27 @@ def pearson(r):
 def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
     """What GRAM's critic maximises, and the ratio that it is made of: ([...], r).
 
-    form       objective                   r             source
-    sum        pearson(r) + lam sum(r)     p / q at y    GRAM, eq. 9, lam = 1; JuliaGRAM since 7e6da00
-    mean       pearson(r) + lam mean(r)    p / q at y    JuliaGRAM 441596b, the "camera ready" code
-    clip       pearson(max(r, 0))          p / q at y    GRAM, footnote 3; JuliaGRAM 44159b2
-    exchanged  pearson(r) + lam sum(r)     q / p at x    GRAM, eq. 9 with p and q exchanged; ours
-    flow       mean(r)                     q / p at x    GRAMFlow.ipynb, the authors' code for CIFAR-10
+    form    objective                   r             source
+    sum     pearson(r) + lam sum(r)     p / q at y    GRAM, eq. 9, lam = 1; JuliaGRAM since 7e6da00
+    mean    pearson(r) + lam mean(r)    p / q at y    JuliaGRAM 441596b, the "camera ready" code
+    clip    pearson(max(r, 0))          p / q at y    GRAM, footnote 3; JuliaGRAM 44159b2
+    swap    pearson(r) + lam sum(r)     q / p at x    GRAM, eq. 9 with p and q exchanged; ours
+    flow    mean(r)                     q / p at x    GRAMFlow.ipynb, the authors' code for CIFAR-10
 
     E_q[p / q] = E_p[q / p] = 1 for EVERY critic: sum(r) and mean(r) estimate a constant and are no
     divergence. They teach the critic through what the finite sample does to the estimate. The mean of r at y
     is the mean over x of the ridge regression that is to be 1 at all of y: near 0 where x is far from y, and
     above 1 where x is in the middle of y. So "sum" and "mean" spread the samples around the data and draw the
-    data together, which the generator then follows; "exchanged" and "flow" spread the data around the
+    data together, which the generator then follows; "swap" and "flow" spread the data around the
     samples, never far from them, and the generator has to spread its samples. pearson(r) can always be raised
     by variance (density_ratio has the bound). Where all of K_xy is 0 so is r, the dead end of "clip", whose
     gradient is 0 there too. Raises ValueError for another form.
     """
-    if form in ("exchanged", "flow"):
+    if form in ("swap", "flow"):
         r = density_ratio(K_xx, K_xy, ridge)        # the notebook's denominator block is the data
     else:
         r = density_ratio(K_yy, K_xy.mT, ridge)
-    if form in ("sum", "exchanged"):
+    if form in ("sum", "swap"):
         return pearson(r) + lam * r.sum(-1), r
     if form == "mean":
         return pearson(r) + lam * r.mean(-1), r
@@ -200,7 +200,7 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
         return pearson(r), r
     if form == "flow":
         return r.mean(-1), r
-    raise ValueError(f"form {form!r}: expected sum, mean, clip, exchanged or flow")
+    raise ValueError(f"form {form!r}: expected sum, mean, clip, swap or flow")
 
 
 # ------------------------------------------------------------------------------------------------------------

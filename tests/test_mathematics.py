@@ -179,7 +179,7 @@ def test_objectives_are_what_their_equations_say():
     divergence = ((p_over_q - 1) ** 2).mean()
     expected = {"sum": divergence + 0.7 * p_over_q.sum(), "mean": divergence + 0.7 * p_over_q.mean(),
                 "clip": ((np.maximum(p_over_q, 0) - 1) ** 2).mean(), "flow": q_over_p.mean(),
-                "exchanged": ((q_over_p - 1) ** 2).mean() + 0.7 * q_over_p.sum()}
+                "swap": ((q_over_p - 1) ** 2).mean() + 0.7 * q_over_p.sum()}
     for form, value in expected.items():
         assert float(objective(form, x, y)[0]) == pytest.approx(value, rel=1e-9), form
     assert torch.allclose(objective("sum", x, y)[1], torch.tensor(p_over_q))
@@ -188,7 +188,7 @@ def test_objectives_are_what_their_equations_say():
         objective("eq9", x, y)
 
 
-@pytest.mark.parametrize("form", ["sum", "mean", "clip", "exchanged", "flow"])
+@pytest.mark.parametrize("form", ["sum", "mean", "clip", "swap", "flow"])
 def test_gradients_of_objectives(form):
     """Against finite differences in float64, with a set of ratios that clipping does and does not touch."""
     x, y = (s.requires_grad_() for s in sets(6, 6, 2, shift=2.0))

@@ -337,9 +337,10 @@ def test_first_update_of_a_ring_is_the_papers(method):
             p.data.clamp_(-row["clip"], row["clip"])
     x, y = draw()
     if method.startswith("gram"):
-        a, b = (f(x), f(y)) if row["form"] == "flow" else (f(y), f(x))
+        a, b = (f(x), f(y)) if row["form"] in ("flow", "swap") else (f(y), f(x))
         r = torch.linalg.solve(K(a, a) + 1e-3 * torch.eye(n), K(a, b).sum(2)).mean(0)
-        loss_f = -{"sum": (r - 1).square().mean() + r.sum(), "mean": (r - 1).square().mean() + r.mean(),
+        eq_9 = (r - 1).square().mean() + r.sum()
+        loss_f = -{"sum": eq_9, "swap": eq_9, "mean": (r - 1).square().mean() + r.mean(),
                    "clip": (r.clamp(min=0) - 1).square().mean(), "flow": r.mean()}[row["form"]]
         gradient = torch.autograd.grad(loss_f, f.parameters(), retain_graph=True)
     if method == "gan":
