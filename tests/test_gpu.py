@@ -4,6 +4,7 @@ import torch
 
 import cifar
 import common
+import ring2d
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -46,6 +47,23 @@ def test_captured_equals_eager_from_the_first_update(method, tmp_path, monkeypat
     a, b = common.read_log(tmp_path / "captured"), common.read_log(tmp_path / "eager")
     assert a["loss_g"][0] == b["loss_g"][0] and len(a["loss_g"]) == 6
     assert same(weights(tmp_path / "captured"), weights(tmp_path / "eager"))
+
+
+@pytest.mark.parametrize("method", ["gram", "gan", "mmdgan", "gamn"])
+def test_a_stack_captured_equals_eager(method, tmp_path, monkeypatch):
+    for name, value in dict(POINTS=100, LOG_EVERY=2, TRACE_EVERY=1, SAVE_EVERY=4).items():
+        monkeypatch.setattr(ring2d, name, value)
+    members = ring2d.cells("gamn" if method == "gamn" else "2", [0, 1])[:4]
+
+    def weights_of(folder):
+        folder.mkdir()
+        torch.manual_seed(0)
+        common.interleave([ring2d.train(method, members, str(folder), {}, 4, torch.device("cuda"))])
+        return weights(folder)
+
+    captured = weights_of(tmp_path / "captured")
+    monkeypatch.setattr(common, "capture", lambda update, state: update)
+    assert same(captured, weights_of(tmp_path / "eager"))
 
 
 def test_side_by_side_equals_alone(tmp_path):
