@@ -52,6 +52,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import torch
 import torch.export.passes
+import torch.fx.experimental.optimization
 import torchvision
 from matplotlib.figure import Figure
 from torch import nn
@@ -454,6 +455,20 @@ def kid(a, b, subsets=100, size=1000, seed=0):
     return float(values.mean()), float(values.std(correction=0))
 
 
+def inception_score(logits, splits=10, seed=0):
+    """Inception score exp(E KL(p(label | image) | p(label))) of logits [N, C]: mean and std over the splits.
+
+    The images are put in a random order first, as torch-fidelity does it (Salimans et al. 2016, section 4).
+    """
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed)).to(logits.device)
+    values = []
+    for part in logits[order].double().log_softmax(1).tensor_split(splits):
+        marginal = part.logsumexp(0) - math.log(len(part))
+        values.append((part.exp() * (part - marginal)).sum(1).mean().exp())
+    values = torch.stack(values)
+    return float(values.mean()), float(values.std(correction=0))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Networks
 # ------------------------------------------------------------------------------------------------------------
@@ -705,6 +720,56 @@ def read_images(path):
 # ------------------------------------------------------------------------------------------------------------
 # Scores: a feature network, and the distances between its features
 # ------------------------------------------------------------------------------------------------------------
+
+
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth")        # FID's network, in pytorch-fid's and torchvision's keys
+
+
+def tf_resize(x, size):
+    """Images [..., H, W] to [..., size, size] as TensorFlow 1's bilinear resize does it, FID's.
+
+    Pixel i of the result stands at i H / size, without the half pixel of later conventions and without
+    antialiasing: a product with a matrix of at most two weights a row on either side.
+    """
+    def weights(n):
+        at = torch.arange(size, device=x.device) * (n / size)
+        low, rows = at.long(), torch.arange(size, device=x.device)
+        matrix = torch.zeros(size, n, device=x.device)
+        matrix[rows, low] = 1 - (at - low)
+        matrix[rows, (low + 1).clamp(max=n - 1)] += at - low
+        return matrix
+
+    return weights(x.shape[-2]) @ x @ weights(x.shape[-1]).T
+
+
+class FidInception(nn.Module):
+    """The Inception network of FID and of the Inception score, by its state dict in torchvision's keys.
+
+    uint8 images [N, 3, H, W] to features [N, 2048] and to logits without bias [N, 1008]. It is torchvision's
+    with averages that leave the padding out (Mixed_5b to 5d, 6b to 6e, 7b) and a maximum for one of them
+    (Mixed_7c), as TensorFlow's of 2015-12-05 has it (pytorch-fid, inception.py); batch norms are folded into
+    the convolutions.
+    """
+
+    def __init__(self, state_dict):
+        super().__init__()
+        network = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+        network.load_state_dict(state_dict)
+        self.register_buffer("classes", network.fc.weight.detach())
+        network.fc = nn.Identity()
+        network = torch.fx.symbolic_trace(network.eval())
+        *averages, last = [node for node in network.graph.nodes if node.target is F.avg_pool2d]
+        for node in averages:
+            node.kwargs = dict(node.kwargs, count_include_pad=False)
+        last.target = F.max_pool2d
+        network.recompile()
+        self.network = torch.fx.experimental.optimization.fuse(network)
+
+    @torch.no_grad()
+    def forward(self, images):
+        found = self.network((tf_resize(images.float(), 299) - 128) / 128)
+        return found, found @ self.classes.T
 
 
 def load_features(path, device):
