@@ -42,7 +42,7 @@ SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been se
 METHODS = {
     "gram":         dict(critic=FULL, form="flow",   ridge=1e-2, lr_f=2e-4, lr_g=4e-4),
     "gram-weak":    dict(critic=WEAK, form="flow",   ridge=1e-2, lr_f=2e-4, lr_g=4e-4),
-    "gram-eq9":     dict(critic=FULL, form="swap",   ridge=1e-2, lr_f=2e-4, lr_g=4e-4),
+    "gram-eq9":     dict(critic=FULL, form="swap",   ridge=1e-1, lr_f=2e-4, lr_g=4e-4),
     "gram-printed": dict(critic=FULL, form="sum",    ridge=1e-3, lr_f=5e-5, lr_g=5e-5),
     "gram-clip":    dict(critic=FULL, form="clip",   ridge=1e-3, lr_f=5e-5, lr_g=5e-5),
     "gan":          dict(critic=FULL, form="gan",                lr_f=2e-4, lr_g=2e-4),
