@@ -38,6 +38,7 @@ import argparse
 import copy
 import csv
 import glob
+import hashlib
 import itertools
 import json
 import logging
@@ -414,23 +415,29 @@ def sobolev_critic(p, q, mu, spacing):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def frechet_distance(a, b):
-    """Frechet distance of the Gaussians fitted to two sets of features, [N, D] and [M, D]; a float.
+def gaussian_fit(x):
+    """Mean [D] of features [N, D] and a root F of their covariance F^T F, [R, D], both in float64.
 
-    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (Heusel et al. 2017). For any factors S = F^T F the last
-    trace is the nuclear norm of F_a F_b^T, so no root of a matrix that is not symmetric has to be taken: F
-    is the root of S up to a rotation, or the centred features where N < D. Biased: compare at equal N only.
+    F is the covariance's own root up to a rotation, or the centred features where N < D, whose smallest
+    eigenvalues would be nothing but rounding.
     """
-    def moments(x):
-        x = x.double()
-        mean = x.mean(0)
-        centred = (x - mean) / (len(x) - 1) ** 0.5
-        if len(x) < x.shape[1]:
-            return mean, centred
-        values, vectors = torch.linalg.eigh(centred.T @ centred)
-        return mean, values.clamp(min=0).sqrt()[:, None] * vectors.T
+    x = x.double()
+    mean = x.mean(0)
+    centred = (x - mean) / (len(x) - 1) ** 0.5
+    if len(x) < x.shape[1]:
+        return mean, centred
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    return mean, values.clamp(min=0).sqrt()[:, None] * vectors.T
 
-    (m_a, F_a), (m_b, F_b) = moments(a), moments(b)
+
+def frechet_distance(a, b):
+    """Frechet distance of two Gaussians, each (mean, root) as gaussian_fit returns them; a float.
+
+    |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2) (Heusel et al. 2017). For any roots S = F^T F the last
+    trace is the nuclear norm of F_a F_b^T, so no root of a matrix that is not symmetric has to be taken.
+    Biased: compare at equal N only.
+    """
+    (m_a, F_a), (m_b, F_b) = a, b
     overlap = torch.linalg.svdvals(F_a @ F_b.T).sum()
     return float((m_a - m_b).square().sum() + F_a.square().sum() + F_b.square().sum() - 2 * overlap)
 
@@ -456,12 +463,12 @@ def kid(a, b, subsets=100, size=1000, seed=0):
 
 
 def similarity(K_xy, K_yy):
-    """A sample's squared MMD to x without the part of x alone, and what a comparison needs of it: (u, variance, rows).
+    """A sample's squared MMD to x but for x's own part, and what comparing it needs: (u, variance, rows).
 
-    K_xy and K_yy [m, m] in float64, points paired by index. u = mean over i != j of h_ij = k(y_i, y_j) -
-    k(x_i, y_j) - k(x_j, y_i), a U-statistic; the unbiased estimate of its variance, 4 (m - 2) zeta_1 + 2 zeta_2
-    over m (m - 1) with zeta_1 = E h_12 h_13 - E h_12 h_34 and zeta_2 = E h_12^2 - E h_12 h_34 (Hoeffding 1948; Sutherland
-    2019 for MMDs); rows [m], the mean of k(x_i, y_j) over j.
+    K_xy and K_yy [m, m] in float64, points paired by index. u: the mean over i != j of h_ij = k(y_i, y_j) -
+    k(x_i, y_j) - k(x_j, y_i), a U-statistic. variance: the unbiased estimate of its variance, (4 (m - 2) zeta_1
+    + 2 zeta_2) / (m (m - 1)), zeta_1 = E h_12 h_13 - E h_12 h_34, zeta_2 = E h_12^2 - E h_12 h_34 (Hoeffding
+    1948). rows [m]: the mean of k(x_i, y_j) over j.
     """
     m = len(K_xy)
     h = (K_yy - K_xy - K_xy.T).fill_diagonal_(0)
@@ -474,11 +481,11 @@ def similarity(K_xy, K_yy):
 
 
 def relative_similarity(old, new):
-    """p-value of "the new sample is no nearer to x than the old one", of two similarity() to the same x; a float.
+    """p-value of "the new sample is no nearer to x than the old", of two similarity() to the same x; a float.
 
-    The test of Bounliphone et al. 2016: u_old - u_new is normal with the variance var_old + var_new - (4 / m)
-    cov_x(k(x, y_old), k(x, y_new)), as the samples meet in x only. Small where the new sample is nearer. No floor
-    stands under the variance; where its estimate is not positive nothing is known, and p is 1 / 2.
+    The test of Bounliphone et al. 2016: u_old - u_new is normal with the variance var_old + var_new - (8 / m)
+    cov_x(E k(x, y_old), E k(x, y_new)), as the samples meet in x only. No floor stands under that variance;
+    where its estimate is not positive nothing is known, and p is 1 / 2.
     """
     (u_old, var_old, rows_old), (u_new, var_new, rows_new) = old, new
     covariance = ((rows_old - rows_old.mean()) * (rows_new - rows_new.mean())).sum() / (len(rows_old) - 1)
@@ -754,7 +761,7 @@ def read_images(path):
 
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth")        # FID's network, in pytorch-fid's and torchvision's keys
+             "pt_inception-2015-12-05-6726825d.pth")        # FID's network, in torchvision's keys
 
 
 def tf_resize(x, size):
@@ -803,19 +810,38 @@ class FidInception(nn.Module):
         return found, found @ self.classes.T
 
 
-def load_features(path, device):
-    """A feature network from a torch.export file: a function from uint8 [N, 3, H, W] to float32 [N, D].
+def fid_inception(path=None):
+    """FidInception with the weights of a .pth file, None: those that pytorch-fid publishes, by torch.hub's cache.
 
-    The program returns the features, or a tuple that begins with them. The attribute `name` is what its
-    scores are called by: the file's name. Exits with a message if the file holds no such network.
+    Raises OSError or RuntimeError where they cannot be fetched or are no such weights.
     """
-    wanted = "expected a torch.export file (.pt2) of a network from uint8 [N, 3, H, W] to features [N, D]"
+    if path:
+        return FidInception(torch.load(path, map_location="cpu", weights_only=True))
+    return FidInception(torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True,
+                                                           weights_only=True))
+
+
+def load_features(path, device):
+    """A feature network: a function from uint8 [N, 3, H, W] to features [N, D] and logits [N, C] or None.
+
+    path: None for FidInception, fetched if need be; a .pth file of its weights; or a torch.export file (.pt2)
+    that returns features, or a tuple that begins with them. The attribute `name` is what its scores are called
+    by, `key` the start of its file's SHA-256. Exits with a message if there is no such network.
+    """
+    wanted = ("expected weights of FID's Inception network (.pth) or a torch.export file (.pt2) of a network "
+              "from uint8 [N, 3, H, W] to features [N, D]")
     logging.disable(logging.WARNING)                # torch.export logs the traceback of what it raises
     try:
-        program = torch.export.passes.move_to_device_pass(torch.export.load(path), str(device))
-        network = program.module()
+        if path and not path.endswith(".pth"):
+            program = torch.export.passes.move_to_device_pass(torch.export.load(path), str(device))
+            network = program.module()
+        else:
+            network = fid_inception(path).to(device)
     except Exception as error:                      # whatever its reader stumbles over
-        sys.exit(f"{path}: cannot be loaded ({first_line(error)}); {wanted}")
+        if path:
+            sys.exit(f"{path}: cannot be loaded ({first_line(error)}); {wanted}")
+        sys.exit(f"{INCEPTION}: cannot be fetched ({first_line(error)})\nput it into "
+                 f"{torch.hub.get_dir()}/checkpoints, or name it, or another network, with --features FILE")
     finally:
         logging.disable(logging.NOTSET)
 
@@ -826,45 +852,71 @@ def load_features(path, device):
             out = network(images)
         finally:
             torch.backends.cudnn.conv.fp32_precision = before
-        return out if torch.is_tensor(out) else out[0]
+        found = [out] if torch.is_tensor(out) else list(out)
+        return found[0], found[1] if isinstance(network, FidInception) else None
 
     for n in (2, 3):            # a network exported without a dynamic batch takes one of them only
         images = torch.arange(n * 3072, dtype=torch.int32).byte().view(n, 3, 32, 32)
         try:
-            found = features(images.to(device))
+            found, _ = features(images.to(device))
             finite = bool(found.isfinite().all())
         except Exception as error:
             sys.exit(f"{path}: fails on {n} images, uint8 [{n}, 3, 32, 32] ({first_line(error)}); {wanted}")
         if found.ndim != 2 or len(found) != n or not finite:
             sys.exit(f"{path}: features of {n} images have the shape {list(found.shape)} and are "
                      f"{'' if finite else 'not '}finite; {wanted}")
-    features.name = os.path.basename(path).removesuffix(".pt2").removeprefix("features-")
+    file = path or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION)}"
+    with open(file, "rb") as weights:
+        features.key = hashlib.sha256(weights.read()).hexdigest()[:8]
+    stem = os.path.splitext(os.path.basename(file))[0]
+    features.name = stem.removeprefix("features-").removeprefix("pt_")
     return features
 
 
 def extract(features, images, device, batch=250):
-    """Features [N, D] of uint8 images [N, 3, H, W], in float32 without TF32."""
+    """Features [N, D] and logits [N, C] or None of uint8 images [N, C, H, W], in float32 without TF32.
+
+    Images of one channel are taken for grey ones.
+    """
     parts = images.tensor_split(math.ceil(len(images) / batch))      # nearly equal, never one image alone
-    return torch.cat([features(part.to(device)) for part in parts])
+    found, logits = zip(*(features(part.to(device).expand(-1, 3, -1, -1)) for part in parts))
+    return torch.cat(found), None if logits[0] is None else torch.cat(logits)
+
+
+def reference_statistics(path, features, device):
+    """What scores of a set of images need, read_images(path): features [M, D], and mean and root of gaussian_fit.
+
+    Computed once and kept beside the images, in PATH-NETWORK-KEY.pt without the path's suffix.
+    """
+    kept = f"{os.path.splitext(path.rstrip('/'))[0]}-{features.name}-{features.key}.pt"
+    if not os.path.exists(kept):
+        found, _ = extract(features, read_images(path), device)
+        mean, root = gaussian_fit(found)
+        with replacing(kept) as file:
+            torch.save(dict(features=found, mean=mean, root=root), file)
+    return torch.load(kept, map_location=device, weights_only=True)
 
 
 def score(images, reference, features, device):
-    """Distances of uint8 images [N, 3, H, W] to a reference's features [M, D], as a dict.
+    """Scores of uint8 images [N, C, H, W] against reference_statistics, as a dict.
 
-    fd: Frechet distance. kid, kid_std: KID, its std over subsets. features: the network's name. samples: N.
-    reference: M.
+    fd: Frechet distance, FID if the network is FID's. kid, kid_std: KID, its std over subsets. isc, isc_std:
+    Inception score, its std over splits, where the network has logits. features: the network's name. samples:
+    N. reference: M.
     """
-    found = extract(features, images, device)
-    kid_mean, kid_std = kid(found, reference)
-    return dict(fd=frechet_distance(found, reference), kid=kid_mean, kid_std=kid_std, features=features.name,
-                samples=len(images), reference=len(reference))
+    found, logits = extract(features, images, device)
+    scores = dict(fd=frechet_distance(gaussian_fit(found), (reference["mean"], reference["root"])))
+    scores["kid"], scores["kid_std"] = kid(found, reference["features"])
+    if logits is not None:
+        scores["isc"], scores["isc_std"] = inception_score(logits)
+    return dict(scores, features=features.name, samples=len(found), reference=len(reference["features"]))
 
 
-def score_files(images, reference, features, device=None):
-    """score() of paths: images and reference as read_images takes them, features a torch.export file."""
+def score_files(images, reference, features=None, device=None):
+    """score() of paths: images and reference as read_images takes them, features as load_features does."""
     device = setup(device)
     network = load_features(features, device)
-    return score(read_images(images), extract(network, read_images(reference), device), network, device)
+    return score(read_images(images), reference_statistics(reference, network, device), network, device)
 
 
 # ------------------------------------------------------------------------------------------------------------
