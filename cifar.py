@@ -96,14 +96,19 @@ def train(method, seed, folder, settings, steps, device, images, distance=None):
     def gram(h_x, h_y):
         return common.gram(lambda a, b: common.gaussian(a, b, sigma), h_x, h_y)
 
+    def mmdgan(h_x, h_y):               # what MMD-GAN's critic maximises, but for the autoencoder
+        return common.mmd(*gram(h_x, h_y)) + FEASIBLE * common.feasible_set(h_x, h_y)
+
+    def spread(h_x, h_y):
+        return h_x.var(0).sum() / h_y.var(0).sum()
+
     def ascend():                       # MMD-GAN's critic: a step of Li et al. 2017, Algorithm 1
         x, y = draw()
         y = y.detach()
         h_x, h_y = f(x), f(y)
         held = sum(common.reconstruction(t.flatten(1), decoder(h).flatten(1))
                    for t, h in ((x, h_x), (y, h_y)))
-        objective = (common.mmd(*gram(h_x, h_y)) + FEASIBLE * common.feasible_set(h_x, h_y)
-                     - AUTOENCODER * held)
+        objective = mmdgan(h_x, h_y) - AUTOENCODER * held
         common.descend((opt_f, -objective))
         common.clip_weights(f, CLIP)
         loss_ascent.copy_(-objective.detach())
@@ -122,17 +127,17 @@ def train(method, seed, folder, settings, steps, device, images, distance=None):
             log.add(loss_f, loss_g, None, None, None)
         elif decoder:                   # MMD-GAN's generator
             h_x, h_y = f(x), f(y)
-            loss_g = common.mmd(*gram(h_x, h_y)) + FEASIBLE * common.feasible_set(h_x, h_y)
+            loss_g = mmdgan(h_x, h_y)
             common.descend((opt_g, loss_g))
-            log.add(loss_ascent, loss_g, None, None, h_x.var(0).sum() / h_y.var(0).sum())
+            log.add(loss_ascent, loss_g, None, None, spread(h_x, h_y))
         else:                           # GRAM, Algorithm 1, simultaneous: one K, both gradients, both steps
             h_x, h_y = f(x), f(y)
             K_all = K_xx, _, K_yy = gram(h_x, h_y)
             objective, r = common.gram_objective(*K_all, row["form"], row["ridge"], LAMBDA)
             loss_g = common.mmd2(*K_all)
             common.descend((opt_f, -objective), (opt_g, loss_g))
-            K_ratio.copy_(K_xx.detach() if row["form"] in ("flow", "swap") else K_yy.detach())
-            log.add(-objective, loss_g, common.pearson(r), r.mean(), h_x.var(0).sum() / h_y.var(0).sum())
+            K_ratio.copy_(K_xx.detach() if row["form"] in common.AT_DATA else K_yy.detach())
+            log.add(-objective, loss_g, common.pearson(r), r.mean(), spread(h_x, h_y))
         mean_g.follow(g)
 
     def readings(step):

@@ -170,6 +170,9 @@ def pearson(r):
     return (r - 1).square().mean(-1)
 
 
+AT_DATA = ("swap", "flow")      # the forms of gram_objective whose ratio stands at the data: they invert K_xx
+
+
 def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
     """What GRAM's critic maximises, and the ratio that it is made of: ([...], r).
 
@@ -189,7 +192,7 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
     by variance (density_ratio has the bound). Where all of K_xy is 0 so is r, the dead end of "clip", whose
     gradient is 0 there too. Raises ValueError for another form.
     """
-    if form in ("swap", "flow"):
+    if form in AT_DATA:
         r = density_ratio(K_xx, K_xy, ridge)        # the notebook's denominator block is the data
     else:
         r = density_ratio(K_yy, K_xy.mT, ridge)
