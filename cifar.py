@@ -66,10 +66,10 @@ def networks(row):
             common.dcgan_generator(out, GENERATOR, 3) if row["form"] == "mmdgan" else None)
 
 
-def train(method, seed, folder, settings, steps, device, images, distance=None):
+def train(method, seed, folder, settings, steps, device, images, score=None):
     """One run: a generator function that yields after each generator update and returns the run's result.
 
-    distance: from the run's samples, uint8 [SAMPLES, 3, 32, 32], to the number that is logged as fd.
+    score: from the run's samples, uint8 [SAMPLES, 3, 32, 32], and whether to be brief, to their scores.
     """
     row = METHODS[method]
     torch.manual_seed(seed)
@@ -145,8 +145,9 @@ def train(method, seed, folder, settings, steps, device, images, distance=None):
         if "ridge" in row:
             values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
             found["condition"] = float((values[:, -1] / values[:, 0]).max())
-        if distance and (step % GRID_EVERY == 0 or step == steps):
-            found["fd"] = distance(sample(SAMPLES))
+        if score and (step % GRID_EVERY == 0 or step == steps):
+            scores.update(score(sample(SAMPLES), step < steps))
+            found["fd"] = scores["fd"]
         return found
 
     @torch.no_grad()
@@ -154,6 +155,7 @@ def train(method, seed, folder, settings, steps, device, images, distance=None):
         z = common.uniform_noise(n, Z, torch.Generator().manual_seed(0)).to(device)
         return torch.cat([common.to_bytes(mean_g.network(part)) for part in z.split(500)]).cpu()
 
+    scores = {}
     step = common.load(folder, state, settings)
     update = common.capture(update, state)
     ascend = common.capture(ascend, state) if decoder else None
@@ -172,9 +174,12 @@ def train(method, seed, folder, settings, steps, device, images, distance=None):
             common.save(folder, step, state, settings)
         yield
 
+    samples = sample(SAMPLES)
     with common.replacing(f"{folder}/samples.npy") as file:
-        np.save(file, sample(SAMPLES).numpy())
-    return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **common.machine(device))
+        np.save(file, samples.numpy())
+    if score and not scores:            # a run that had been trained before
+        scores = score(samples, False)
+    return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **common.machine(device), **scores)
 
 
 def curves(runs):
@@ -244,7 +249,11 @@ def main(argv=None):
         sys.exit(f"--figure {args.figure}: found no --features, expected the network to score with")
     args.resume = args.resume or bool(args.figure)
     device = common.setup(args.device)
-    features = common.load_features(args.features, device) if args.features else None
+    try:
+        features = common.load_features(args.features, device)
+    except OSError as error:                # train all the same: the samples can be scored later
+        print(error)
+        features = None
     images, test = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
     if len(images) < BATCH:
         sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {BATCH} or more")
@@ -255,12 +264,12 @@ def main(argv=None):
         print(f"{method}: generator of {common.count(g):,} parameters, critic of {common.count(f):,}, "
               f"decoder of {common.count(decoder):,}")
     print(common.log_head(COLUMNS + READINGS))
-    reference = common.extract(features, test, device) if features else None
+    reference = features and common.reference_statistics(f"{args.data}/cifar10-test.npy", features, device)
 
-    def distance(samples):
-        return common.frechet_distance(common.extract(features, samples, device), reference)
+    def score(samples, brief):
+        return common.score(samples, reference, features, device, brief)
 
-    given = args.steps, device, images, distance if features else None
+    given = args.steps, device, images, score if features else None
     results = common.interleave([train(*run, *given) for run in runs])
 
     command = common.command(__file__, argv)
@@ -268,8 +277,6 @@ def main(argv=None):
         if isinstance(result, FloatingPointError):
             print(f"{folder}: {result}")
             continue
-        if features:
-            result |= common.score(common.read_images(f"{folder}/samples.npy"), reference, features, device)
         common.write_json(f"{folder}/result.json", dict(result, command=command))
         print(f"{folder}: {result['updates']:,} updates, grids, samples.npy, checkpoint.pt, result.json")
     finished = [run for run, result in zip(runs, results) if isinstance(result, dict)]

@@ -87,6 +87,11 @@ def gaussian(x, y, sigma):
     return torch.exp(squared_distances(x, y)[..., None, :, :] * (-0.5 / sigma.square())[:, None, None])
 
 
+def cubic(x, y):
+    """KID's kernel (x_i.y_j / D + 1)^3 (Binkowski et al. 2018, section 4): [N, D], [M, D] to [N, M]."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
 def gram(kernel, x, y):
     """The three Gram matrices of two sets, from one evaluation of a kernel on both (GRAM, Algorithm 1).
 
@@ -418,19 +423,22 @@ def sobolev_critic(p, q, mu, spacing):
 # ------------------------------------------------------------------------------------------------------------
 
 
-def gaussian_fit(x):
+def gaussian_fit(x, device=None):
     """Mean [D] of features [N, D] and a root F of their covariance F^T F, [R, D], both in float64.
 
-    F is the covariance's own root up to a rotation, or the centred features where N < D, whose smallest
-    eigenvalues would be nothing but rounding.
+    F is the covariance's own root up to a rotation, or the centred features where N <= D: of so low a rank the
+    smallest eigenvalues would be nothing but rounding. Computed on device, part by part.
     """
-    x = x.double()
-    mean = x.mean(0)
-    centred = (x - mean) / (len(x) - 1) ** 0.5
-    if len(x) < x.shape[1]:
-        return mean, centred
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    return mean, values.clamp(min=0).sqrt()[:, None] * vectors.T
+    if len(x) <= x.shape[1]:
+        x = x.to(device).double()
+        return x.mean(0), (x - x.mean(0)) / (len(x) - 1) ** 0.5
+    centre, total, square = x[:4096].to(device).double().mean(0), 0, 0
+    for part in x.split(4096):
+        part = part.to(device).double() - centre
+        total, square = total + part.sum(0), square + part.T @ part
+    shift = total / len(x)
+    values, vectors = torch.linalg.eigh((square - len(x) * shift.outer(shift)) / (len(x) - 1))
+    return centre + shift, values.clamp(min=0).sqrt()[:, None] * vectors.T
 
 
 def frechet_distance(a, b):
@@ -445,21 +453,52 @@ def frechet_distance(a, b):
     return float((m_a - m_b).square().sum() + F_a.square().sum() + F_b.square().sum() - 2 * overlap)
 
 
-def kid(a, b, subsets=100, size=1000, seed=0):
+def bootstrap_frechet_distance(x, fit, resamplings=10, seed=0, device=None):
+    """Mean and std of frechet_distance() of as many features drawn with replacement from x [N, D] to fit.
+
+    The protocol of Binkowski et al. 2018, section 5. Of N draws with replacement 63 % differ, so this is biased
+    upward beyond the distance itself: compare it with scores of the same protocol only.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    values = [frechet_distance(gaussian_fit(x[torch.randint(len(x), (len(x),), generator=rng)], device), fit)
+              for _ in range(resamplings)]
+    return float(np.mean(values)), float(np.std(values))
+
+
+def censored_fit(mean, covariance, nodes=16):
+    """gaussian_fit of ReLU(X), X ~ N(mean [D], covariance [D, D]): mean and root, exact, in float64.
+
+    With a = mean / s, s the standard deviations, and rho the correlations: E ReLU = s (a Phi(a) + phi(a)), E ReLU^2 =
+    s^2 ((a^2 + 1) Phi(a) + a phi(a)), and since d^2 cov / d rho^2 = s_i s_j phi_2(a_i, a_j; rho) (Price's theorem),
+    cov = s_i s_j (rho Phi(a_i) Phi(a_j) + int_0^rho (rho - u) phi_2(a_i, a_j; u) du), by Gauss and Legendre's
+    `nodes` (Binkowski et al. 2018, appendix D.2, take it from Rosenbaum 1961).
+    """
+    s = covariance.diagonal().sqrt()
+    a, rho = mean / s, covariance / s.outer(s)
+    Phi, phi = torch.special.ndtr(a), (-a.square() / 2).exp() / math.sqrt(2 * math.pi)
+    found = a * Phi + phi
+    rho = rho - rho.diag().diag()               # the diagonal has the closed form
+    joint = rho * Phi.outer(Phi)
+    for t, w in zip(*np.polynomial.legendre.leggauss(nodes)):
+        u = rho * (t + 1) / 2
+        density = (-(a.square()[:, None] - 2 * u * a.outer(a) + a.square()) / (2 * (1 - u * u))).exp()
+        joint = joint + w / 2 * rho * (rho - u) * density / (2 * math.pi * (1 - u * u).sqrt())
+    joint = joint + ((a.square() + 1) * Phi + a * phi - found.square()).diag()
+    values, vectors = torch.linalg.eigh(joint * s.outer(s))
+    return found * s, values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
+def kid(a, b, subsets=100, size=1000, seed=0, device=None):
     """KID of two sets of features [N, D] and [M, D]: unbiased squared MMD under (a.b / D + 1)^3; (mean, std).
 
     Mean and std over random subsets, drawn without replacement, of `size` or as many as the smaller set has;
     the std is of one subset, not of the mean. Unbiased, so never clamped (Binkowski et al. 2018, sec. 4).
+    Computed on device, subset by subset.
     """
-    a, b = a.double(), b.double()
     size, rng = min(size, len(a), len(b)), torch.Generator().manual_seed(seed)
-
-    def cubic(u, v):
-        return (u @ v.T / u.shape[1] + 1) ** 3
-
     values = []
     for _ in range(subsets):
-        u, v = (s[torch.randperm(len(s), generator=rng)[:size].to(s.device)] for s in (a, b))
+        u, v = (s[torch.randperm(len(s), generator=rng)[:size]].to(device).double() for s in (a, b))
         values.append(mmd2(cubic(u, u), cubic(u, v), cubic(v, v), unbiased=True))
     values = torch.stack(values)
     return float(values.mean()), float(values.std(correction=0))
@@ -496,14 +535,15 @@ def relative_similarity(old, new):
     return 0.5 * math.erfc(float(u_old - u_new) / math.sqrt(2 * variance)) if variance > 0 else 0.5
 
 
-def inception_score(logits, splits=10, seed=0):
+def inception_score(logits, splits=10, seed=0, device=None):
     """Inception score exp(E KL(p(label | image) | p(label))) of logits [N, C]: mean and std over the splits.
 
     The images are put in a random order first, as torch-fidelity does it (Salimans et al. 2016, section 4).
     """
-    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed)).to(logits.device)
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     values = []
-    for part in logits[order].double().log_softmax(1).tensor_split(splits):
+    for part in logits[order].tensor_split(min(splits, len(logits))):
+        part = part.to(device).double().log_softmax(1)
         marginal = part.logsumexp(0) - math.log(len(part))
         values.append((part.exp() * (part - marginal)).sum(1).mean().exp())
     values = torch.stack(values)
@@ -720,6 +760,53 @@ def load_images(name, split, folder):
     return read_array(path, shape)
 
 
+DISTURBANCES = {"Gaussian noise": (0, 0.25, 0.5, 0.75), "Gaussian blur": (0, 1, 2, 4),     # TTUR's levels
+                "black rectangles": (0, 0.25, 0.5, 0.75), "swirl": (0, 1, 2, 4),
+                "salt and pepper": (0, 0.1, 0.2, 0.3), "contamination": (0, 0.25, 0.5, 0.75, 1)}
+
+
+def disturb(images, kind, alpha, rng, others):
+    """uint8 images [N, C, H, W] with a disturbance of DISTURBANCES at level alpha; rng on their device.
+
+    Binkowski et al. 2018, appendix E, as Heusel et al. 2017, appendix A1, have them: alpha is the weight of
+    noise over [0, 255]; a Gaussian filter's std in pixels; the side of five black rectangles over the image's;
+    the strength of a swirl about the centre of extent 25 pixels; the share of pixels that turn black or white; the
+    share of images replaced by others [M, C, H, W].
+    """
+    n, _, height, width = images.shape
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=rng, device=images.device)
+
+    if kind == "Gaussian noise":        # scaled so that three standard deviations reach black and white
+        noise = torch.randn(images.shape, generator=rng, device=images.device) / 3
+        return ((1 - alpha) * images + alpha * to_bytes(noise)).round().byte()
+    if kind == "Gaussian blur":
+        blur = torchvision.transforms.functional.gaussian_blur
+        return blur(images, 8 * alpha + 1, alpha) if alpha else images
+    if kind == "black rectangles":
+        side, rows, columns = round(alpha * height), *(torch.arange(m, device=images.device) for m in (height, width))
+        for _ in range(5):
+            top, left = ((uniform(n, 1) * (m - side + 1)).long() for m in (height, width))
+            inside = [(at >= edge) & (at < edge + side) for at, edge in ((rows, top), (columns, left))]
+            images = images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+        return images
+    if kind == "swirl":
+        y, x = (torch.arange(m, device=images.device) - (m - 1) / 2 for m in (height, width))
+        radius = torch.hypot(x, y[:, None])
+        angle = torch.atan2(y[:, None], x) + alpha * torch.exp(-5 * radius / (math.log(2) * 25))
+        at = torch.stack([radius * angle.cos() * 2 / (width - 1), radius * angle.sin() * 2 / (height - 1)], -1)
+        found = F.grid_sample(images.float(), at.expand(n, -1, -1, -1), padding_mode="border", align_corners=True)
+        return found.round().byte()
+    if kind == "salt and pepper":
+        hit, salt = uniform(n, 1, height, width) < alpha, uniform(n, 1, height, width) < 0.5
+        return torch.where(hit, salt * images.new_tensor(255), images)
+    if kind == "contamination":
+        taken = others[torch.randint(len(others), (n,), generator=rng, device=rng.device)]
+        return torch.where((torch.arange(n, device=images.device) < alpha * n)[:, None, None, None], taken, images)
+    raise ValueError(f"found the disturbance {kind!r}, expected one of {', '.join(DISTURBANCES)}")
+
+
 def read_array(path, shape=(3, None, None)):
     """The uint8 array [N, *shape] of an .npy file, None for any size, as a tensor that maps the file.
 
@@ -828,8 +915,9 @@ def load_features(path, device):
     """A feature network: a function from uint8 [N, 3, H, W] to features [N, D] and logits [N, C] or None.
 
     path: None for FidInception, fetched if need be; a .pth file of its weights; or a torch.export file (.pt2)
-    that returns features, or a tuple that begins with them. The attribute `name` is what its scores are called
-    by, `key` the start of its file's SHA-256. Exits with a message if there is no such network.
+    that returns features, or a tuple of features and logits. The attribute `name` is what its scores are called
+    by, `key` the start of its file's SHA-256. Raises OSError if FidInception cannot be fetched, and exits with a
+    message if the file holds no such network.
     """
     wanted = ("expected weights of FID's Inception network (.pth) or a torch.export file (.pt2) of a network "
               "from uint8 [N, 3, H, W] to features [N, D]")
@@ -843,8 +931,8 @@ def load_features(path, device):
     except Exception as error:                      # whatever its reader stumbles over
         if path:
             sys.exit(f"{path}: cannot be loaded ({first_line(error)}); {wanted}")
-        sys.exit(f"{INCEPTION}: cannot be fetched ({first_line(error)})\nput it into "
-                 f"{torch.hub.get_dir()}/checkpoints, or name it, or another network, with --features FILE")
+        raise OSError(f"{INCEPTION}: cannot be fetched ({first_line(error)}); put it into {torch.hub.get_dir()}"
+                      f"/checkpoints, or name it, or another network, with --features FILE") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -855,8 +943,7 @@ def load_features(path, device):
             out = network(images)
         finally:
             torch.backends.cudnn.conv.fp32_precision = before
-        found = [out] if torch.is_tensor(out) else list(out)
-        return found[0], found[1] if isinstance(network, FidInception) else None
+        return (out, None) if torch.is_tensor(out) else (*out, None)[:2]
 
     for n in (2, 3):            # a network exported without a dynamic batch takes one of them only
         images = torch.arange(n * 3072, dtype=torch.int32).byte().view(n, 3, 32, 32)
@@ -877,41 +964,55 @@ def load_features(path, device):
 
 
 def extract(features, images, device, batch=250):
-    """Features [N, D] and logits [N, C] or None of uint8 images [N, C, H, W], in float32 without TF32.
+    """Features [N, D] and logits [N, C] or None of uint8 images [N, C, H, W], on the CPU, in float32 without TF32.
 
     Images of one channel are taken for grey ones.
     """
     parts = images.tensor_split(math.ceil(len(images) / batch))      # nearly equal, never one image alone
-    found, logits = zip(*(features(part.to(device).expand(-1, 3, -1, -1)) for part in parts))
+    found = [[out if out is None else out.float().cpu() for out in features(part.to(device).expand(-1, 3, -1, -1))]
+             for part in parts]
+    found, logits = zip(*found)
     return torch.cat(found), None if logits[0] is None else torch.cat(logits)
 
 
 def reference_statistics(path, features, device):
-    """What scores of a set of images need, read_images(path): features [M, D], and mean and root of gaussian_fit.
+    """What scores against the images of a path need: a dict of features [M, D] and gaussian_fit's mean and root.
 
-    Computed once and kept beside the images, in PATH-NETWORK-KEY.pt without the path's suffix.
+    path: as read_images takes it. They are computed once and kept beside the images, in PATH-NETWORK-KEY.pt
+    without the path's suffix, for as long as the images are older.
     """
-    kept = f"{os.path.splitext(path.rstrip('/'))[0]}-{features.name}-{features.key}.pt"
-    if not os.path.exists(kept):
+    stem = os.path.splitext(path.rstrip("/"))[0]
+    kept = f"{stem}-{features.name}-{features.key}.pt"
+    if os.path.exists(kept) and os.path.getmtime(kept) > os.path.getmtime(path):
+        statistics = torch.load(kept, map_location="cpu", weights_only=True, mmap=True)
+    else:
         found, _ = extract(features, read_images(path), device)
-        mean, root = gaussian_fit(found)
-        with replacing(kept) as file:
-            torch.save(dict(features=found, mean=mean, root=root), file)
-    return torch.load(kept, map_location=device, weights_only=True)
+        mean, root = gaussian_fit(found, device)
+        statistics = dict(features=found, mean=mean.cpu(), root=root.cpu())
+        try:
+            with replacing(kept) as file:
+                torch.save(statistics, file)
+        except OSError as error:
+            print(f"{kept}: not kept ({first_line(error)})")
+    return dict(statistics, mean=statistics["mean"].to(device), root=statistics["root"].to(device))
 
 
-def score(images, reference, features, device):
+def score(images, reference, features, device, brief=False):
     """Scores of uint8 images [N, C, H, W] against reference_statistics, as a dict.
 
-    fd: Frechet distance, FID if the network is FID's. kid, kid_std: KID, its std over subsets. isc, isc_std:
-    Inception score, its std over splits, where the network has logits. features: the network's name. samples:
-    N. reference: M.
+    fd: Frechet distance, FID if the network is FID's. brief: nothing else. kid, kid_std: KID, its std over
+    subsets. fd_bootstrap, fd_bootstrap_std: bootstrap_frechet_distance. isc, isc_std: Inception score, its std
+    over splits, where the network has logits. features: the network's name. samples: N. reference: M.
     """
     found, logits = extract(features, images, device)
-    scores = dict(fd=frechet_distance(gaussian_fit(found), (reference["mean"], reference["root"])))
-    scores["kid"], scores["kid_std"] = kid(found, reference["features"])
+    fit = reference["mean"], reference["root"]
+    scores = dict(fd=frechet_distance(gaussian_fit(found, device), fit))
+    if brief:
+        return scores
+    scores["fd_bootstrap"], scores["fd_bootstrap_std"] = bootstrap_frechet_distance(found, fit, device=device)
+    scores["kid"], scores["kid_std"] = kid(found, reference["features"], device=device)
     if logits is not None:
-        scores["isc"], scores["isc_std"] = inception_score(logits)
+        scores["isc"], scores["isc_std"] = inception_score(logits, device=device)
     return dict(scores, features=features.name, samples=len(found), reference=len(reference["features"]))
 
 
@@ -973,6 +1074,47 @@ def rate(network, lr):
     device = next(network.parameters()).device
     cuda = device.type == "cuda"
     return torch.tensor(lr, device=device) if cuda else lr, cuda
+
+
+class AdaptiveRate:
+    """Learning rates that fall when a model gets no nearer to the data (Binkowski et al. 2018, section 4.1).
+
+    x: features [m, D] of training images. step(y), with those of as many samples, is one evaluation: it puts y to
+    the test against the model of `window` evaluations before and returns the p-value, None without such a model.
+    p > level is a failure; `patience` of them in a row multiply all rates of the optimizers by decay, but not
+    below floor. As in mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on by one evaluation,
+    a failure leaves the old model where it is, and a cut keeps the last `patience` models of the window, so that
+    the next test comes when it is full again. Of each model row sums are kept and no features (similarity).
+    """
+
+    def __init__(self, optimizers, x, window, patience, decay, level, floor):
+        self.optimizers, self.x, self.window, self.patience = optimizers, x.double(), window, patience
+        self.decay, self.level, self.floor = decay, level, floor
+        self.models, self.failures = [], 0
+
+    def state_dict(self):
+        return {"models": self.models, "failures": self.failures}
+
+    def load_state_dict(self, kept):
+        self.models = [tuple(part.to(self.x.device) for part in model) for model in kept["models"]]
+        self.failures = kept["failures"]
+
+    def step(self, y):
+        y = y.double()
+        now = similarity(cubic(self.x, y), cubic(y, y))
+        if len(self.models) < self.window:
+            self.models.append(now)
+            return None
+        p = relative_similarity(self.models[0], now)
+        self.failures = self.failures + 1 if p > self.level else 0
+        if not self.failures:
+            self.models = [*self.models[1:], now]
+        if self.failures == self.patience:
+            self.models, self.failures = self.models[-self.patience:], 0
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+                lr = max(float(group["lr"]) * self.decay, self.floor)
+                group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+        return p
 
 
 def descend(*players):

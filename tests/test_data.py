@@ -1,5 +1,7 @@
 """Data and scores: what is drawn, what is loaded, and what is said of files that are not right."""
+import hashlib
 import os
+import time
 
 import numpy as np
 import pytest
@@ -160,19 +162,58 @@ def test_folders_of_images(tmp_path):
 # ---- feature networks -------------------------------------------------------------------------------------
 
 
-def test_features_and_scores(tmp_path):
+def test_features_and_scores(tmp_path, monkeypatch):
+    cpu = torch.device("cpu")
     images = torch.randint(256, (501, 3, 32, 32), generator=rng(), dtype=torch.uint8)
-    for kind in ("plain", "tuple"):
-        features = common.load_features(export(tmp_path / f"features-{kind}.pt2", kind), torch.device("cpu"))
-        assert features.name == kind
-        found = common.extract(features, images, torch.device("cpu"))   # 501 = 250 + 250 + 1
-        assert torch.allclose(found, Features("plain")(images))
-    scored = common.score(images, found, features, torch.device("cpu"))
-    assert abs(scored["fd"]) < 1e-9 and scored["kid"] < 0
-    assert (scored["features"], scored["samples"], scored["reference"]) == ("tuple", 501, 501)
     np.save(tmp_path / "samples.npy", images.numpy())
-    assert common.score_files(str(tmp_path / "samples.npy"), str(tmp_path / "samples.npy"),
-                              str(tmp_path / "features-plain.pt2"), "cpu")["fd"] == scored["fd"]
+    for kind in ("plain", "tuple"):
+        features = common.load_features(export(tmp_path / f"features-{kind}.pt2", kind), cpu)
+        assert features.name == kind
+        found, logits = common.extract(features, images, cpu)           # 501 = 250 + 250 + 1
+        assert torch.allclose(found, Features("plain")(images))
+        assert logits is None if kind == "plain" else torch.allclose(logits, found[:, :3])
+    reference = common.reference_statistics(str(tmp_path / "samples.npy"), features, cpu)
+    scored = common.score(images, reference, features, cpu)
+    assert abs(scored["fd"]) < 1e-9 and scored["kid"] < 0 < scored["fd"] + scored["fd_bootstrap"]
+    assert (scored["isc"], scored["isc_std"]) == common.inception_score(logits)
+    assert (scored["features"], scored["samples"], scored["reference"]) == ("tuple", 501, 501)
+    assert common.score(images, reference, features, cpu, brief=True) == dict(fd=scored["fd"])
+    plain = str(tmp_path / "features-plain.pt2")
+    found = common.score_files(str(tmp_path / "samples.npy"), str(tmp_path / "samples.npy"), plain, "cpu")
+    assert found["fd"] == scored["fd"] and "isc" not in found
+
+
+def test_reference_statistics_are_computed_once(tmp_path, monkeypatch):
+    cpu, path = torch.device("cpu"), str(tmp_path / "set-test.npy")
+    images = torch.randint(256, (9, 3, 32, 32), generator=rng(), dtype=torch.uint8)
+    np.save(path, images.numpy())
+    features = common.load_features(export(tmp_path / "features-net.pt2"), cpu)
+    first = common.reference_statistics(path, features, cpu)
+    kept = [name for name in os.listdir(tmp_path) if name.endswith(".pt")]
+    digest = hashlib.sha256((tmp_path / "features-net.pt2").read_bytes()).hexdigest()[:8]
+    assert kept == [f"set-test-net-{digest}.pt"]
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "extract", None)
+        again = common.reference_statistics(path, features, cpu)
+    assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+    np.save(path, images[:5].numpy())                           # newer than what is kept
+    os.utime(path, (time.time() + 5,) * 2)
+    assert len(common.reference_statistics(path, features, cpu)["features"]) == 5
+    path = str(tmp_path / "closed" / "set.npy")
+    os.mkdir(tmp_path / "closed")
+    np.save(path, images.numpy())
+    monkeypatch.setattr(common, "replacing", closed)
+    assert torch.equal(common.reference_statistics(path, features, cpu)["mean"], first["mean"])
+
+
+def closed(path):
+    raise PermissionError(13, "Permission denied", path)
+
+
+def test_fid_inception_that_cannot_be_fetched(monkeypatch):
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: closed("there"))
+    with pytest.raises(OSError, match="fid_weights/pt_inception-2015.*cannot be fetched.*put it into .*checkpoints"):
+        common.load_features(None, torch.device("cpu"))
 
 
 def test_files_that_are_no_feature_network(tmp_path):

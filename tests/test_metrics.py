@@ -125,11 +125,98 @@ def test_inception_score():
     assert common.inception_score(logits, 9, 3) == pytest.approx((np.mean(values), np.std(values)), rel=1e-10)
 
 
+# ---- biased distances -------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_can_order_two_normals_wrongly():
+    """Binkowski et al. 2018, D.1: FID(P1, Q) > FID(P2, Q) = 0, and the estimates the other way round."""
+    m, rng = 4, torch.Generator().manual_seed(0)
+    q = torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    p_1 = torch.zeros(1, dtype=torch.float64), torch.full((1, 1), (m - 1) / m, dtype=torch.float64)
+    assert common.frechet_distance(p_1, q) == pytest.approx(1 / m ** 2) and common.frechet_distance(q, q) == 0
+    d_m = math.sqrt(2 / (m - 1)) * math.gamma(m / 2) / math.gamma((m - 1) / 2)
+    expected = (1 / m ** 2 - 1 / m + 2 * (d_m - 1)) / m
+    differences = []
+    for y in torch.randn(8_000, m, 1, generator=rng, dtype=torch.float64):
+        one, two = (common.frechet_distance(common.gaussian_fit(s * y), q) for s in ((m - 1) / m, 1))
+        differences.append(one - two)
+    assert np.mean(differences) == pytest.approx(expected, abs=3 * np.std(differences) / 8_000 ** 0.5) and expected < 0
+
+
+def test_wasserstein_estimates_are_biased():
+    """Binkowski et al. 2018, B.4: W(N(1, 1), N(0, 1)) = 1. A critic t or -t that one pair has chosen overrates itself
+    on that pair, and is worth 1 - 2 Phi(-1 / sqrt(2)) = 0.52 on another."""
+    normal = torch.randn(4, 40_000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x, y, x_new, y_new = normal[0] + 1, normal[1], normal[2] + 1, normal[3]
+    sign = common.wasserstein(x, y).sign()[:, None, None]
+    expected = 1 - math.erfc(0.5)
+    assert float(common.wasserstein(sign * x, sign * y).mean()) > 1.2
+    assert float(common.wasserstein(sign * x_new, sign * y_new).mean()) == pytest.approx(expected, abs=0.03)
+    assert expected == pytest.approx(0.52, abs=0.001)
+
+
+def test_censored_normal_against_samples():
+    rng = torch.Generator().manual_seed(0)
+    A = torch.randn(3, 3, generator=rng, dtype=torch.float64)
+    mean, covariance = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64), A @ A.T + 0.1 * torch.eye(3)
+    x = (torch.randn(1_000_000, 3, generator=rng, dtype=torch.float64) @ torch.linalg.cholesky(covariance).T + mean)
+    found, root = common.censored_fit(mean, covariance, nodes=64)
+    assert torch.allclose(found, x.relu().mean(0), atol=0.01)
+    assert torch.allclose(root.T @ root, x.relu().T.cov(), atol=0.02)
+    one = common.censored_fit(torch.zeros(1).double(), torch.ones(1, 1).double())       # the half of a normal
+    assert float(one[0]) == pytest.approx((2 * math.pi) ** -0.5)
+    assert float(one[1] ** 2) == pytest.approx(0.5 - 0.5 / math.pi)
+
+
+def test_bootstrap_is_biased_upward():
+    x = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
+    fit = common.gaussian_fit(torch.randn(300, 5, generator=torch.Generator().manual_seed(1)))
+    plain = common.frechet_distance(common.gaussian_fit(x), fit)
+    mean, std = common.bootstrap_frechet_distance(x, fit, resamplings=20)
+    assert mean > plain + 3 * std / 20 ** 0.5 and std > 0
+    assert common.bootstrap_frechet_distance(x, fit, resamplings=20) == (mean, std)
+
+
+def test_fits_of_many_parts_and_shifts():
+    """Features in parts of 4,096, far from 0: the covariance keeps its digits."""
+    x = torch.randn(9_000, 4, generator=torch.Generator().manual_seed(0)).double() * 0.1 + 1_000
+    mean, root = common.gaussian_fit(x)
+    assert torch.allclose(mean, x.mean(0), rtol=1e-14, atol=0)
+    assert torch.allclose(root.T @ root, x.T.cov(), rtol=1e-9, atol=1e-12)
+
+
+# ---- disturbances -----------------------------------------------------------------------------------------
+
+
+def test_disturbances():
+    rng = torch.Generator().manual_seed(0)
+    images, others = (torch.randint(256, (20, 3, 32, 32), generator=rng, dtype=torch.uint8) for _ in range(2))
+    found = {}
+    for kind, levels in common.DISTURBANCES.items():
+        for alpha in levels:
+            y = found[kind, alpha] = common.disturb(images, kind, alpha, torch.Generator().manual_seed(1), others)
+            assert y.shape == images.shape and y.dtype == torch.uint8
+            assert torch.equal(y, images) == (alpha == 0), (kind, alpha)
+    changed = (found["salt and pepper", 0.3] != images).any(1).float().mean()
+    assert float(changed) == pytest.approx(0.3, abs=0.02)
+    hit = found["salt and pepper", 0.3][(found["salt and pepper", 0.3] != images).any(1, keepdim=True).expand_as(images)]
+    assert set(hit.tolist()) == {0, 255}
+    black = (found["black rectangles", 0.25] == 0).all(1)
+    assert black.sum((1, 2)).max() <= 5 * 64 and black.sum((1, 2)).min() >= 64      # five of 8 x 8
+    assert (found["contamination", 0.25] != images).flatten(1).any(1).sum() == 5
+    assert (found["contamination", 1][:, None] == others).flatten(2).all(2).any(1).all()
+    grey = torch.full((2, 3, 33, 33), 9, dtype=torch.uint8)
+    assert torch.equal(common.disturb(grey, "swirl", 4, rng, others), grey)
+    grey[:, :, 16, 16] = 200                                                        # the centre stays
+    swirled = common.disturb(grey, "swirl", 4, rng, others)
+    assert (swirled[:, :, 16, 16] == 200).all() and (swirled[:, :, 0, 0] == 9).all()
+    noise = common.disturb(images, "Gaussian noise", 0.75, rng, others).float()
+    assert float(noise.mean()) == pytest.approx(127.5, abs=2)
+    with pytest.raises(ValueError, match="found the disturbance 'rain'"):
+        common.disturb(images, "rain", 1, rng, others)
+
+
 # ---- the three-sample test --------------------------------------------------------------------------------
-
-
-def cubic(a, b):
-    return (a @ b.T / a.shape[1] + 1) ** 3
 
 
 def trials(means, n=1_500, m=50):
@@ -138,7 +225,7 @@ def trials(means, n=1_500, m=50):
     found = []
     for _ in range(n):
         x, old, new = (torch.randn(m, 3, generator=rng, dtype=torch.float64) + mean for mean in (0, *means))
-        a, b = (common.similarity(cubic(x, y), cubic(y, y)) for y in (old, new))
+        a, b = (common.similarity(common.cubic(x, y), common.cubic(y, y)) for y in (old, new))
         found.append((common.relative_similarity(a, b), float(a[0]), float(a[1]), float(a[0] - b[0])))
     return np.array(found).T
 
@@ -146,10 +233,10 @@ def trials(means, n=1_500, m=50):
 def test_similarity_equals_double_loops():
     rng = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 7, 3, generator=rng, dtype=torch.float64)
-    K_xy, K_yy = cubic(x, y).numpy(), cubic(y, y).numpy()
+    K_xy, K_yy = common.cubic(x, y).numpy(), common.cubic(y, y).numpy()
     h = [[K_yy[i, j] - K_xy[i, j] - K_xy[j, i] for j in range(7)] for i in range(7)]
     pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
-    u, variance, rows = common.similarity(cubic(x, y), cubic(y, y))
+    u, variance, rows = common.similarity(common.cubic(x, y), common.cubic(y, y))
     assert float(u) == pytest.approx(np.mean([h[i][j] for i, j in pairs]))
     one = np.mean([h[i][j] * h[i][k] for i, j in pairs for k in range(7) if k not in (i, j)])
     none = np.mean([h[i][j] * h[k][l] for i, j in pairs for k, l in pairs if len({i, j, k, l}) == 4])
@@ -164,5 +251,58 @@ def test_relative_similarity_has_its_level_and_power():
     assert np.mean(variance) == pytest.approx(np.var(u), rel=0.15)
     assert (trials((0.5, 0.2))[0] < 0.1).mean() > 0.7       # the new one is nearer
     assert (trials((0.2, 0.5))[0] < 0.1).mean() < 0.01      # farther
-    same = common.similarity(*[cubic(*torch.ones(2, 9, 3, dtype=torch.float64))] * 2)
+    same = common.similarity(*[common.cubic(*torch.ones(2, 9, 3, dtype=torch.float64))] * 2)
     assert common.relative_similarity(same, same) == 0.5    # no variance: nothing is known
+
+
+# ---- learning rates that adapt ----------------------------------------------------------------------------
+
+
+def adaptive(lr=0.4):
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)], rate) for rate in (lr, torch.tensor(2.0))]
+    return common.AdaptiveRate(optimizers, x, window=4, patience=3, decay=0.5, level=0.1, floor=0.15), optimizers
+
+
+def sample(shift, seed):
+    return torch.randn(40, 3, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_rates_fall_after_three_failures_in_a_row():
+    rate, (first, second) = adaptive()
+    lr = second.param_groups[0]["lr"]
+    assert [rate.step(sample(3, seed)) for seed in range(4)] == [None] * 4      # no model to compare with yet
+    oldest = rate.models[0]
+    assert rate.step(sample(1, 4)) < 0.1 and rate.models[0] is not oldest       # a success moves the window
+    oldest = rate.models[0]
+    assert rate.step(sample(4, 5)) > 0.1 and rate.step(sample(4, 6)) > 0.1      # two failures: it stays
+    assert rate.models[0] is oldest and len(rate.models) == 4 and rate.failures == 2
+    assert rate.step(sample(1, 7)) < 0.1 and rate.failures == 0                 # a success between: from 0 again
+    assert (first.param_groups[0]["lr"], float(lr)) == (0.4, 2)
+    models = rate.models
+    assert all(rate.step(sample(4, seed)) > 0.1 for seed in (8, 9, 10))
+    assert first.param_groups[0]["lr"] == 0.2 and second.param_groups[0]["lr"] is lr and float(lr) == 1
+    assert rate.failures == 0 and len(rate.models) == 3 and rate.models[0] is models[1]
+    assert rate.step(sample(4, 11)) is None                                     # the window fills again
+    assert all(rate.step(sample(4, seed)) is not None for seed in (12, 13, 14))
+    assert (first.param_groups[0]["lr"], float(lr)) == (0.15, 0.5)              # not below the floor
+
+
+def test_adaptive_rates_resume(tmp_path):
+    """Stopped after any evaluation and loaded, the p-values and rates are those of a run in one go."""
+    shifts = (3, 3, 3, 3, 1, 4, 4, 4, 4, 4, 4, 4)
+
+    def whole():
+        rate, optimizers = adaptive()
+        return [rate.step(sample(shift, seed)) for seed, shift in enumerate(shifts)], optimizers[0].param_groups[0]["lr"]
+
+    for stop in (2, 6, 9):
+        rate, (optimizer, _) = adaptive()
+        found = [rate.step(sample(shift, seed)) for seed, shift in enumerate(shifts[:stop])]
+        state = dict(rate=rate, optimizer=optimizer)
+        common.save(str(tmp_path), stop, state, {})
+        assert (tmp_path / "checkpoint.pt").stat().st_size < 30_000             # row sums and no features
+        rate, (optimizer, other) = adaptive()
+        assert common.load(str(tmp_path), dict(rate=rate, optimizer=optimizer), {}) == stop
+        found += [rate.step(sample(shift, seed)) for seed, shift in enumerate(shifts) if seed >= stop]
+        assert (found, optimizer.param_groups[0]["lr"]) == whole()
