@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 
 import numpy as np
 import pytest
@@ -42,10 +43,15 @@ def small(monkeypatch, tmp_path):
             name: row | {key: value for key, value in given.items() if key in row}
             for name, row in script.METHODS.items()})
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     images = np.random.default_rng(0).integers(0, 256, (60, 3, 32, 32), np.uint8)
     os.mkdir("data")
     np.save("data/cifar10-train.npy", images)
     np.save("data/cifar10-test.npy", images[:30])
+
+
+def offline(*args, **kwargs):
+    raise urllib.error.URLError("no network")
 
 
 def run_cifar(*flags):
@@ -214,11 +220,14 @@ def test_scores_and_their_names(capsys):
     printed = capsys.readouterr().out
     results = [json.load(open(f"runs/cifar-gram-s{seed}/result.json")) for seed in (0, 1)]
     network = common.load_features(features, torch.device("cpu"))
-    reference = network(torch.from_numpy(np.load("data/cifar10-test.npy")))
+    reference, _ = network(torch.from_numpy(np.load("data/cifar10-test.npy")))
+    fit = common.gaussian_fit(reference)
     for seed, result in enumerate(results):
-        found = network(torch.from_numpy(np.load(f"runs/cifar-gram-s{seed}/samples.npy")))
-        assert result["fd"] == common.frechet_distance(found, reference)
+        found, logits = network(torch.from_numpy(np.load(f"runs/cifar-gram-s{seed}/samples.npy")))
+        assert result["fd"] == common.frechet_distance(common.gaussian_fit(found), fit)
         assert (result["kid"], result["kid_std"]) == common.kid(found, reference)
+        assert (result["isc"], result["isc_std"]) == common.inception_score(logits)
+        assert result["fd_bootstrap"] == common.bootstrap_frechet_distance(found, fit)[0]
         assert (result["features"], result["samples"], result["reference"]) == ("tiny", 20, 30)
     assert "FD, tiny" in printed and "20 samples against the 30 test images" in printed
     row = next(line for line in printed.splitlines() if line.startswith("| gram "))
