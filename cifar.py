@@ -31,6 +31,8 @@ FEASIBLE, AUTOENCODER = 16.0, 8.0   # weights of MMD-GAN's terms, here and below
 CRITIC_STEPS, CLIP = 5, 0.01        # for each step of its generator
 BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # critic steps of the first 25 updates and of every 500th
 EMA = 0.9998                # samples come from the average of the generator's weights; ours, see README.md
+ADAPT_EVERY, WINDOW, PATIENCE, DECAY = 2_000, 10, 3, 0.5    # rates that adapt, Demystifying MMD GANs, section 5
+LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6                      # here and below mbinkowski/MMD-GAN, gan/utils/scorer.py
 SAMPLES = 10_000            # to keep and to score
 LOG_EVERY = 200
 GRID_EVERY = 20_000         # and, with --features, a Frechet distance
@@ -50,12 +52,17 @@ METHODS = {
     "mmdgan":       dict(critic=FULL, form="mmdgan",             lr_f=5e-5, lr_g=5e-5),
     "mmdnet":       dict(critic=None, form=None,                            lr_g=1e-3),
 }
+METHODS["gram-adaptive"] = dict(METHODS["gram"], adaptive=True)
 METHODS |= {f"gram-k{k}": dict(METHODS["gram"], k=k) for k in (2, 8, 32, 128, 512, 1024, 2048)}
-FIGURES = {"5c": dict(method=[name for name, row in METHODS.items() if "k" in row], steps=20_000)}
+FIGURES = {"5c": dict(method=[name for name, row in METHODS.items() if "k" in row], steps=20_000),
+           "neighbours": dict(method=["gram"]), "bias": {}, "noise": {}}
+ESTIMATES = 100             # for each n of --figure bias, Demystifying MMD GANs, Figure 1
+KID_N, FID_N = (50, 100, 200, 500, 1_000, 2_000), (1_000, 2_500, 5_000, 7_500, 10_000)
+CENSORED, CENSORED_M = 2048, (10_000, 20_000, 50_000, 100_000)      # dimension and sample sizes of its D.2
 PAPER = {"gram": "24.85 ± 0.94", "gram-printed": "24.85 ± 0.94", "gan": "26.82 ± 0.49",     # FID, Table 1
          "mmdgan": "40.00 ± 0.56", "gram-weak": "24.82 ± 0.62", "gan-weak": "31.64 ± 2.10"}
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
-READINGS = ("condition", "fd")      # of the Gram matrix that the ratio inverts, the largest over bandwidths
+READINGS = ("condition", "fd", "p", "lr_g")     # of the Gram matrix that the ratio inverts, the largest of all
 
 
 def networks(row):
@@ -66,10 +73,10 @@ def networks(row):
             common.dcgan_generator(out, GENERATOR, 3) if row["form"] == "mmdgan" else None)
 
 
-def train(method, seed, folder, settings, steps, device, images, score=None):
+def train(method, seed, folder, settings, steps, device, images, features, reference):
     """One run: a generator function that yields after each generator update and returns the run's result.
 
-    score: from the run's samples, uint8 [SAMPLES, 3, 32, 32], and whether to be brief, to their scores.
+    features, reference: what to score with, load_features() and reference_statistics(), or None.
     """
     row = METHODS[method]
     torch.manual_seed(seed)
@@ -145,9 +152,12 @@ def train(method, seed, folder, settings, steps, device, images, score=None):
         if "ridge" in row:
             values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
             found["condition"] = float((values[:, -1] / values[:, 0]).max())
-        if score and (step % GRID_EVERY == 0 or step == steps):
-            scores.update(score(sample(SAMPLES), step < steps))
+        if features and (step % GRID_EVERY == 0 or step == steps):
+            scores.update(common.score(sample(SAMPLES), reference, features, device, brief=step < steps))
             found["fd"] = scores["fd"]
+        if adaptive and step % ADAPT_EVERY == 0:
+            found["p"] = adaptive.step(codes(sample(CODES)))
+            found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
 
     @torch.no_grad()
@@ -155,7 +165,13 @@ def train(method, seed, folder, settings, steps, device, images, score=None):
         z = common.uniform_noise(n, Z, torch.Generator().manual_seed(0)).to(device)
         return torch.cat([common.to_bytes(mean_g.network(part)) for part in z.split(500)]).cpu()
 
-    scores = {}
+    def codes(some):
+        return common.extract(features, some, device)[0].to(device)
+
+    scores, adaptive = {}, None
+    if row.get("adaptive"):
+        adaptive = common.AdaptiveRate([opt_g, opt_f], codes(images[:CODES]), WINDOW, PATIENCE, DECAY, LEVEL, FLOOR)
+        state["adaptive"] = adaptive
     step = common.load(folder, state, settings)
     update = common.capture(update, state)
     ascend = common.capture(ascend, state) if decoder else None
@@ -177,8 +193,8 @@ def train(method, seed, folder, settings, steps, device, images, score=None):
     samples = sample(SAMPLES)
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, samples.numpy())
-    if score and not scores:            # a run that had been trained before
-        scores = score(samples, False)
+    if features and not scores:         # a run that had been trained before
+        scores = common.score(samples, reference, features, device)
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **common.machine(device), **scores)
 
 
@@ -207,7 +223,7 @@ def curves(runs):
 
 
 def figure_5c(runs, results):
-    """Figure 5c: the Frechet distance over the critic's dimension."""
+    """GRAM, Figure 5c: the Frechet distance over the critic's dimension."""
     found = [(METHODS[method]["k"], result["fd"]) for (method, *_), result in zip(runs, results)
              if isinstance(result, dict) and "fd" in result]
     picture = Figure(figsize=(5, 3.5), layout="constrained")
@@ -221,6 +237,18 @@ def figure_5c(runs, results):
     return picture
 
 
+def figure_bias(images, test, reference, features, device, data):
+    """Demystifying MMD GANs, Figure 1 and appendix D.2."""
+    found, _ = common.extract(features, images, device)
+    return common.bias_figure(found, reference["features"], KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES, device)
+
+
+def figure_noise(images, test, reference, features, device, data):
+    """Demystifying MMD GANs, appendix E, contaminated by MNIST's digits where the paper has ImageNet."""
+    digits = nn.functional.pad(common.load_images("mnist", "train", data), (2, 2, 2, 2)).expand(-1, 3, -1, -1)
+    return common.noise_figure(images, digits, reference, features, device)
+
+
 def report(methods, results, data):
     """The table of the runs, scores as mean ± std over seeds, beside the paper's."""
     rows = []
@@ -230,12 +258,14 @@ def report(methods, results, data):
         failed = [f"seed {seed} {end}" for seed, end in enumerate(own) if isinstance(end, FloatingPointError)]
         finished = "; ".join([f"{len(done)} of {len(own)}", *failed])
         row = [method, f"{done[0]['updates']:,}" if done else "-", finished]
-        for key, scale in (("fd", 1), ("kid", 1_000)):
-            row.append(common.spread([scale * result[key] for result in done if key in result]))
+        for key, scale, digits in (("fd", 1, 1), ("fd_bootstrap", 1, 1), ("kid", 1_000, 1), ("isc", 1, 2)):
+            row.append(common.spread([scale * result[key] for result in done if key in result], digits))
         rows.append([*row, PAPER.get(method, "-")])
     names = {result["features"] for result in results if isinstance(result, dict) and "features" in result}
-    distance = f"FD, {names.pop()}" if names else "FD, not scored"
-    head = ["method", "updates", "seeds finished", distance, "1,000 KID", "FID in the paper"]
+    name = names.pop() if names else "not scored"
+    distance = "FID" if name == common.FID_NAME else f"FD, {name}"
+    head = ["method", "updates", "seeds finished", distance, "its bootstrap, biased upward", "1,000 KID",
+            "Inception score", "FID in the paper"]
     return f"{SAMPLES:,} samples against {data}; mean ± std over seeds\n\n{common.table(head, rows)}"
 
 
@@ -245,31 +275,40 @@ def main(argv=None):
                         help=f"draw {', '.join(FIGURES)}; what has been trained for it is not trained again")
     parser.set_defaults(**FIGURES.get(parser.parse_args(argv).figure, {}))
     args = parser.parse_args(argv)
-    if args.figure and not args.features:
-        sys.exit(f"--figure {args.figure}: found no --features, expected the network to score with")
     args.resume = args.resume or bool(args.figure)
     device = common.setup(args.device)
     try:
         features = common.load_features(args.features, device)
     except OSError as error:                # train all the same: the samples can be scored later
+        if args.figure:
+            sys.exit(str(error))
         print(error)
         features = None
+    if not features and any(METHODS[method].get("adaptive") for method in args.method):
+        sys.exit("found no feature network, expected one for a method whose rates adapt to KID; name it with --features")
     images, test = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
     if len(images) < BATCH:
         sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {BATCH} or more")
-    runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume, device)
     images = images.to(device)
+    reference = features and common.reference_statistics(f"{args.data}/cifar10-test.npy", features, device)
+
+    def keep(picture):
+        common.make_folder(args.out)
+        common.save_figure(f"{args.out}/cifar-figure{args.figure}.png", picture)
+        print(f"{args.out}/cifar-figure{args.figure}.png")
+
+    if args.figure in ("bias", "noise"):        # of the data and the scores alone
+        draw = figure_bias if args.figure == "bias" else figure_noise
+        return keep(draw(images, test, reference, features, device, args.data))
+
+    runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume, device)
     for method in dict.fromkeys(args.method):
         g, f, decoder = networks(METHODS[method])
         print(f"{method}: generator of {common.count(g):,} parameters, critic of {common.count(f):,}, "
               f"decoder of {common.count(decoder):,}")
     print(common.log_head(COLUMNS + READINGS))
-    reference = features and common.reference_statistics(f"{args.data}/cifar10-test.npy", features, device)
 
-    def score(samples, brief):
-        return common.score(samples, reference, features, device, brief)
-
-    given = args.steps, device, images, score if features else None
+    given = args.steps, device, images, features, reference
     results = common.interleave([train(*run, *given) for run in runs])
 
     command = common.command(__file__, argv)
@@ -283,11 +322,13 @@ def main(argv=None):
     if finished:
         common.save_figure(f"{args.out}/cifar-curves.png", curves(finished))
         print(f"{args.out}/cifar-curves.png")
-    if finished and args.figure:
-        common.save_figure(f"{args.out}/cifar-figure{args.figure}.png", figure_5c(runs, results))
-        print(f"{args.out}/cifar-figure{args.figure}.png")
+    if finished and args.figure == "5c":
+        keep(figure_5c(runs, results))
+    if finished and args.figure == "neighbours":
+        samples = common.read_images(f"{finished[0][2]}/samples.npy")[:10]
+        keep(common.neighbours_figure(samples, images, features, device))
     if not features:
-        print(f"to score the samples: {command}{'' if args.resume else ' --resume'} --features FILE.pt2")
+        print(f"to score the samples: {command}{'' if args.resume else ' --resume'}")
     print(f"\n{report([method for method, *_ in runs], results, f'the {len(test):,} test images')}")
     if all(isinstance(result, FloatingPointError) for result in results):
         sys.exit("no run finished")

@@ -760,6 +760,7 @@ def load_images(name, split, folder):
     return read_array(path, shape)
 
 
+SCORES = {"fd": 1, "kid": 1, "isc": -1}     # and the sign with which less is better
 DISTURBANCES = {"Gaussian noise": (0, 0.25, 0.5, 0.75), "Gaussian blur": (0, 1, 2, 4),     # TTUR's levels
                 "black rectangles": (0, 0.25, 0.5, 0.75), "swirl": (0, 1, 2, 4),
                 "salt and pepper": (0, 0.1, 0.2, 0.3), "contamination": (0, 0.25, 0.5, 0.75, 1)}
@@ -852,6 +853,7 @@ def read_images(path):
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")        # FID's network, in torchvision's keys
+FID_NAME = "inception-2015-12-05-6726825d"                  # what scores call it
 
 
 def tf_resize(x, size):
@@ -1543,3 +1545,74 @@ def curve_panel(axes, steps, curves):
         axes.set_yscale("log")
     axes.set_xlabel("update", fontsize=8)
     axes.tick_params(labelsize=7)
+
+
+def neighbours_figure(samples, images, features, device):
+    """Samples [N, C, H, W], each above its five nearest of the images, in pixels and in features (GRAM, Figure 4)."""
+    spaces = {name: [s.flatten(1).float() if name == "pixels" else extract(features, s, device)[0]
+                     for s in (samples, images)] for name in ("pixels", "features")}
+    figure = Figure(figsize=(0.5 * len(samples), 6.5), layout="constrained")
+    for axes, (name, (a, b)) in zip(figure.subplots(2), spaces.items()):
+        nearest = torch.cdist(a.to(device), b.to(device)).topk(5, largest=False).indices.T
+        shown = torch.cat([samples[None].to(images.device), images[nearest.to(images.device)]]).flatten(0, 1)
+        axes.imshow(torchvision.utils.make_grid(shown.cpu(), len(samples), padding=1).permute(1, 2, 0))
+        axes.set_title(f"nearest in {name}", fontsize=9)
+        axes.axis("off")
+    return figure
+
+
+def bias_figure(x, y, kid_n, fid_n, dimension, m, estimates, device):
+    """Estimates over n, mean and std of so many: KID and Frechet distance of features x and y of one law, which only
+    KID puts at 0, and FIDs of two censored normals whose estimates from m points are in the wrong order.
+
+    Binkowski et al. 2018, Figure 1 and appendix D.2: P1 = ReLU(N(0, I)), P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)), Q =
+    ReLU(N(1, I)), which is known exactly, Sigma = (4 / d) C C^T, C of standard normals.
+    """
+    rng, x, y = torch.Generator(device).manual_seed(0), x.to(device), y.to(device)
+
+    def draw(s, n):
+        return s[torch.randint(len(s), (n,), generator=rng, device=device)]
+
+    def panel(axes, name, sizes, truth, estimate):
+        values = np.array([[estimate(n) for _ in range(estimates)] for n in sizes])
+        line = axes.errorbar(sizes, values.mean(1), values.std(1), marker=".", capsize=2, label=name)[0]
+        axes.axhline(truth, color=line.get_color(), linestyle=":", linewidth=1)
+        axes.set_xlabel("number of points")
+        axes.legend(fontsize=8)
+        print(f"{name}, {estimates} estimates, true value {truth:.1f}")
+        for n, row in zip(sizes, values):
+            print(f"{n:>9,}{row.mean():>12.5g} ± {row.std():.2g}", flush=True)
+
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    first, second, third = figure.subplots(1, 3)
+    panel(first, "KID of training and test images", kid_n, 0,
+          lambda n: kid(draw(x, n), draw(y, n), subsets=1, size=n)[0])
+    panel(second, "Fréchet distance of the same", fid_n, 0,
+          lambda n: frechet_distance(gaussian_fit(draw(x, n)), gaussian_fit(draw(y, n))))
+    zero = torch.zeros(dimension, dtype=torch.float64, device=device)
+    eye, C = torch.diag(zero + 1), torch.randn(dimension, dimension, generator=rng, device=device).double()
+    q = censored_fit(zero + 1, eye)
+    for name, mean, covariance in (("P1", zero, eye), ("P2", zero + 1, 3.2 / dimension * C @ C.T + 0.2 * eye)):
+        root, shift = torch.linalg.cholesky(covariance).float(), mean.float()
+        panel(third, f"FID of {name} and Q", m, frechet_distance(censored_fit(mean, covariance), q),
+              lambda n: frechet_distance(gaussian_fit((normal_noise(n, dimension, rng) @ root.T + shift).relu()), q))
+    return figure
+
+
+def noise_figure(images, others, reference, features, device):
+    """Scores of images under DISTURBANCES, each scaled to [0, 1] (Binkowski et al. 2018, appendix E)."""
+    rng = torch.Generator(images.device).manual_seed(0)
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, (kind, levels) in zip(figure.subplots(2, 3).flat, DISTURBANCES.items()):
+        found = []
+        for alpha in levels:
+            found.append(score(disturb(images, kind, alpha, rng, others), reference, features, device))
+            print(f"{kind:<20}{alpha:<6}", *(f"{key} {found[-1][key]:<10.5g}" for key in SCORES if key in found[-1]),
+                  flush=True)
+        for key, sign in SCORES.items():
+            values = sign * np.array([scores.get(key, np.nan) for scores in found])
+            low, high = values.min(), values.max()
+            axes.plot(levels, (values - low) / (high - low), marker=".", label=f"{key}: {low:.4g} to {high:.4g}")
+        axes.set_title(kind, fontsize=9)
+        axes.legend(fontsize=7)
+    return figure

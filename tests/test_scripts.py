@@ -23,6 +23,7 @@ ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
 SMALL = dict(BATCH=8, Z=8, GENERATOR=(16, 8, 8), K=8, SAMPLES=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2,
              BURST=2, BURST_UNTIL=1, CRITIC_STEPS=1)
 METHODS = {name: dict(row, critic=row["critic"] and (4, 8, 8)) for name, row in cifar.METHODS.items()}
+PLAIN = [name for name, row in METHODS.items() if "adaptive" not in row]     # those that need no feature network
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +85,9 @@ def same(a, b):
 
 
 def test_every_row_of_cifar(capsys):
-    run_cifar("--method", *METHODS, "--steps", 4)
+    run_cifar("--method", *PLAIN, "--steps", 4)
     printed = capsys.readouterr().out
-    for method in METHODS:
+    for method in PLAIN:
         folder = f"runs/cifar-{method}-s0"
         assert sorted(os.listdir(folder)) == ["checkpoint.pt", "cifar.py", "common.py", "log.csv",
                                               "result.json", "samples-4.png", "samples.npy"]
@@ -100,7 +101,7 @@ def test_every_row_of_cifar(capsys):
         assert (result["method"], result["seed"], result["updates"]) == (method, 0, 4) and "fd" not in result
         assert result["command"].startswith("python cifar.py --device cpu --method gram ")
         assert f"| {method} " in printed
-    assert "to score the samples: python cifar.py" in printed and "--resume --features FILE.pt2" in printed
+    assert "to score the samples: python cifar.py" in printed and printed.count("--resume\n") == 1
     assert printed.rstrip().splitlines()[-1].startswith("| gram-k2048")    # the table is the last thing
     assert "26.82 ± 0.49" in printed and "BATCH" in printed
     assert "mmdnet: generator of 5,827 parameters, critic of 0, decoder of 0" in printed
@@ -108,8 +109,8 @@ def test_every_row_of_cifar(capsys):
 
 def test_all_players_take_their_steps():
     """As many steps of the critic as its row says, of the generator one an update; all weights move."""
-    run_cifar("--method", *METHODS, "--steps", 4)
-    for method, row in METHODS.items():
+    run_cifar("--method", *PLAIN, "--steps", 4)
+    for method, row in ((name, METHODS[name]) for name in PLAIN):
         _, tensors, _ = kept(f"runs/cifar-{method}-s0")
         assert (("critic", "0.0.weight") in tensors) == (row["critic"] is not None)
         taken = {name: {float(t) for path, t in tensors.items() if path[0] == name and path[-1] == "step"}
@@ -125,7 +126,7 @@ def test_all_players_take_their_steps():
                 assert not torch.equal(moved, start), (method, name, weight)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PLAIN)
 def test_first_update_is_the_papers(method):
     """One update written out anew: signs, order of the players, which loss is whose, the average."""
     run_cifar("--method", method, "--steps", 1)
@@ -231,8 +232,9 @@ def test_scores_and_their_names(capsys):
         assert (result["features"], result["samples"], result["reference"]) == ("tiny", 20, 30)
     assert "FD, tiny" in printed and "20 samples against the 30 test images" in printed
     row = next(line for line in printed.splitlines() if line.startswith("| gram "))
-    assert common.spread([result["fd"] for result in results]) in row and "2 of 2" in row
-    assert "FID" not in printed.replace("FID in the paper", "")
+    assert "2 of 2" in row and all(common.spread([result[key] for result in results], digits) in row
+                                   for key, digits in (("fd", 1), ("fd_bootstrap", 1), ("isc", 2)))
+    assert "FID" not in printed.split("mean ± std over seeds")[1].replace("FID in the paper", "")
 
 
 def test_samples_come_from_the_averaged_weights():
@@ -263,7 +265,7 @@ def test_distances_along_the_way():
 def test_figure_5c(capsys):
     for name, out in (("gram", 8), ("gram-k2", 2), ("gram-k2048", 2048), ("gan", 1), ("mmdgan", 8)):
         assert cifar.networks(METHODS[name])[1][-1].out_features == out
-    with says("--figure 5c: found no --features"):
+    with says("cannot be fetched (URLError", "--features"):
         run_cifar("--figure", "5c")
     flags = "--figure", "5c", "--steps", 2, "--features", export("features-tiny.pt2")
     run_cifar(*flags)
@@ -273,6 +275,39 @@ def test_figure_5c(capsys):
     run_cifar(*flags)               # nothing is trained again
     assert capsys.readouterr().out.count("goes on at update 2") == 7
     assert all(str(kept(f"runs/cifar-gram-k{k}-s0")) == str(run) for k, run in before.items())
+
+
+def test_figures_of_the_scores(monkeypatch, capsys):
+    small = dict(ESTIMATES=3, KID_N=(5, 9), FID_N=(5, 20), CENSORED=6, CENSORED_M=(40, 80))
+    for name, value in small.items():
+        monkeypatch.setattr(cifar, name, value)
+    np.save("data/mnist-train.npy", np.zeros((7, 1, 28, 28), np.uint8))
+    features = export("features-tiny.pt2")
+    for figure in ("bias", "noise", "neighbours"):
+        run_cifar("--figure", figure, "--features", features, "--steps", 2)
+        assert os.path.getsize(f"runs/cifar-figure{figure}.png") > 10_000
+    printed = capsys.readouterr().out
+    assert printed.count("3 estimates, true value") == 4 and "KID of training and test images" in printed
+    assert all(printed.count(kind) == len(levels) for kind, levels in common.DISTURBANCES.items())
+    assert os.listdir("runs").count("cifar-gram-s0") == 1       # for the neighbours
+
+
+def test_rates_that_adapt(monkeypatch, capsys):
+    for name, value in dict(ADAPT_EVERY=2, WINDOW=2, PATIENCE=2, LEVEL=-1.0, CODES=20).items():
+        monkeypatch.setattr(cifar, name, value)         # every test is a failure
+    with says("rates adapt to KID", "--features"):
+        run_cifar("--method", "gram-adaptive")
+    flags = "--method", "gram-adaptive", "--features", export("features-tiny.pt2"), "--steps"
+    run_cifar(*flags, 12, "--out", "whole")
+    run_cifar(*flags, 8, "--out", "parts")
+    run_cifar(*flags, 12, "--out", "parts", "--resume")
+    assert same("whole/cifar-gram-adaptive-s0", "parts/cifar-gram-adaptive-s0")
+    log = common.read_log("whole/cifar-gram-adaptive-s0")
+    assert np.isnan(log["p"]).tolist() == [True, True, False, False, False, False]      # updates 2, 4, ...
+    lr = METHODS["gram"]["lr_g"]
+    assert log["lr_g"].tolist() == pytest.approx([lr, lr, lr, lr / 2, lr / 2, lr / 4])
+    optimizers = torch.load("whole/cifar-gram-adaptive-s0/checkpoint.pt", weights_only=True)["state"]
+    assert optimizers["opt_f"]["param_groups"][0]["lr"] == METHODS["gram"]["lr_f"] / 4
 
 
 def test_a_finished_run_is_scored_without_training(capsys):
