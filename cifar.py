@@ -73,7 +73,7 @@ def networks(row):
             common.dcgan_generator(out, GENERATOR, 3) if row["form"] == "mmdgan" else None)
 
 
-def train(method, seed, folder, settings, steps, device, images, features, reference):
+def train(method, seed, folder, settings, steps, device, images, features=None, reference=None):
     """One run: a generator function that yields after each generator update and returns the run's result.
 
     features, reference: what to score with, load_features() and reference_statistics(), or None.
