@@ -31,8 +31,8 @@ FEASIBLE, AUTOENCODER = 16.0, 8.0   # weights of MMD-GAN's terms, here and below
 CRITIC_STEPS, CLIP = 5, 0.01        # for each step of its generator
 BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # critic steps of the first 25 updates and of every 500th
 EMA = 0.9998                # samples come from the average of the generator's weights; ours, see README.md
-ADAPT_EVERY, WINDOW, PATIENCE, DECAY = 2_000, 10, 3, 0.5    # rates that adapt, Demystifying MMD GANs, section 5
-LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6                      # here and below mbinkowski/MMD-GAN, gan/utils/scorer.py
+ADAPT_EVERY, WINDOW, PATIENCE, DECAY = 2_000, 10, 3, 0.5    # adaptive rates, Demystifying MMD GANs, section 5
+LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6                      # from mbinkowski/MMD-GAN, gan/utils/scorer.py
 SAMPLES = 10_000            # to keep and to score
 LOG_EVERY = 200
 GRID_EVERY = 20_000         # and, with --features, a Frechet distance
@@ -62,7 +62,7 @@ CENSORED, CENSORED_M = 2048, (10_000, 20_000, 50_000, 100_000)      # dimension 
 PAPER = {"gram": "24.85 ± 0.94", "gram-printed": "24.85 ± 0.94", "gan": "26.82 ± 0.49",     # FID, Table 1
          "mmdgan": "40.00 ± 0.56", "gram-weak": "24.82 ± 0.62", "gan-weak": "31.64 ± 2.10"}
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
-READINGS = ("condition", "fd", "p", "lr_g")     # of the Gram matrix that the ratio inverts, the largest of all
+READINGS = ("condition", "fd", "p", "lr_g")     # of the Gram matrix the ratio inverts, the largest of all
 
 
 def networks(row):
@@ -170,7 +170,8 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
 
     scores, adaptive = {}, None
     if row.get("adaptive"):
-        adaptive = common.AdaptiveRate([opt_g, opt_f], codes(images[:CODES]), WINDOW, PATIENCE, DECAY, LEVEL, FLOOR)
+        adaptive = common.AdaptiveRate([opt_g, opt_f], codes(images[:CODES]),
+                                       WINDOW, PATIENCE, DECAY, LEVEL, FLOOR)
         state["adaptive"] = adaptive
     step = common.load(folder, state, settings)
     update = common.capture(update, state)
@@ -195,7 +196,8 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
         np.save(file, samples.numpy())
     if features and not scores:         # a run that had been trained before
         scores = common.score(samples, reference, features, device)
-    return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **common.machine(device), **scores)
+    return dict(method=method, seed=seed, updates=step, seconds=log.seconds,
+                **common.machine(device), **scores)
 
 
 def curves(runs):
@@ -239,8 +241,8 @@ def figure_5c(runs, results):
 
 def figure_bias(images, test, reference, features, device, data):
     """Demystifying MMD GANs, Figure 1 and appendix D.2."""
-    found, _ = common.extract(features, images, device)
-    return common.bias_figure(found, reference["features"], KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES, device)
+    x, y = common.extract(features, images, device)[0], reference["features"]
+    return common.bias_figure(x, y, KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES, device)
 
 
 def figure_noise(images, test, reference, features, device, data):
@@ -285,7 +287,8 @@ def main(argv=None):
         print(error)
         features = None
     if not features and any(METHODS[method].get("adaptive") for method in args.method):
-        sys.exit("found no feature network, expected one for a method whose rates adapt to KID; name it with --features")
+        sys.exit("found no feature network, expected one for a method whose rates adapt to KID; "
+                 "name it with --features")
     images, test = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
     if len(images) < BATCH:
         sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {BATCH} or more")

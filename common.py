@@ -426,8 +426,8 @@ def sobolev_critic(p, q, mu, spacing):
 def gaussian_fit(x, device=None):
     """Mean [D] of features [N, D] and a root F of their covariance F^T F, [R, D], both in float64.
 
-    F is the covariance's own root up to a rotation, or the centred features where N <= D: of so low a rank the
-    smallest eigenvalues would be nothing but rounding. Computed on device, part by part.
+    F is the covariance's own root up to a rotation, or the centred features where N <= D: of so low a rank
+    the smallest eigenvalues would be nothing but rounding. Computed on device, part by part.
     """
     if len(x) <= x.shape[1]:
         x = x.to(device).double()
@@ -456,8 +456,8 @@ def frechet_distance(a, b):
 def bootstrap_frechet_distance(x, fit, resamplings=10, seed=0, device=None):
     """Mean and std of frechet_distance() of as many features drawn with replacement from x [N, D] to fit.
 
-    The protocol of Binkowski et al. 2018, section 5. Of N draws with replacement 63 % differ, so this is biased
-    upward beyond the distance itself: compare it with scores of the same protocol only.
+    The protocol of Binkowski et al. 2018, section 5. Of N draws with replacement 63 % differ, so this is
+    biased upward beyond the distance itself: compare it with scores of the same protocol only.
     """
     rng = torch.Generator().manual_seed(seed)
     values = [frechet_distance(gaussian_fit(x[torch.randint(len(x), (len(x),), generator=rng)], device), fit)
@@ -468,10 +468,10 @@ def bootstrap_frechet_distance(x, fit, resamplings=10, seed=0, device=None):
 def censored_fit(mean, covariance, nodes=16):
     """gaussian_fit of ReLU(X), X ~ N(mean [D], covariance [D, D]): mean and root, exact, in float64.
 
-    With a = mean / s, s the standard deviations, and rho the correlations: E ReLU = s (a Phi(a) + phi(a)), E ReLU^2 =
-    s^2 ((a^2 + 1) Phi(a) + a phi(a)), and since d^2 cov / d rho^2 = s_i s_j phi_2(a_i, a_j; rho) (Price's theorem),
-    cov = s_i s_j (rho Phi(a_i) Phi(a_j) + int_0^rho (rho - u) phi_2(a_i, a_j; u) du), by Gauss and Legendre's
-    `nodes` (Binkowski et al. 2018, appendix D.2, take it from Rosenbaum 1961).
+    With a = mean / s, s the standard deviations, and rho the correlations: E ReLU = s (a Phi(a) + phi(a)),
+    E ReLU^2 = s^2 ((a^2 + 1) Phi(a) + a phi(a)), and since d^2 cov / d rho^2 = s_i s_j phi_2(a_i, a_j; rho)
+    (Price's theorem), cov = s_i s_j (rho Phi(a_i) Phi(a_j) + int_0^rho (rho - u) phi_2(a_i, a_j; u) du), by
+    Gauss and Legendre's `nodes` (Binkowski et al. 2018, appendix D.2, take it from Rosenbaum 1961).
     """
     s = covariance.diagonal().sqrt()
     a, rho = mean / s, covariance / s.outer(s)
@@ -508,9 +508,9 @@ def similarity(K_xy, K_yy):
     """A sample's squared MMD to x but for x's own part, and what comparing it needs: (u, variance, rows).
 
     K_xy and K_yy [m, m] in float64, points paired by index. u: the mean over i != j of h_ij = k(y_i, y_j) -
-    k(x_i, y_j) - k(x_j, y_i), a U-statistic. variance: the unbiased estimate of its variance, (4 (m - 2) zeta_1
-    + 2 zeta_2) / (m (m - 1)), zeta_1 = E h_12 h_13 - E h_12 h_34, zeta_2 = E h_12^2 - E h_12 h_34 (Hoeffding
-    1948). rows [m]: the mean of k(x_i, y_j) over j.
+    k(x_i, y_j) - k(x_j, y_i), a U-statistic. variance: the unbiased estimate of its variance,
+    (4 (m - 2) zeta_1 + 2 zeta_2) / (m (m - 1)), zeta_1 = E h_12 h_13 - E h_12 h_34, zeta_2 = E h_12^2 -
+    E h_12 h_34 (Hoeffding 1948). rows [m]: the mean of k(x_i, y_j) over j.
     """
     m = len(K_xy)
     h = (K_yy - K_xy - K_xy.T).fill_diagonal_(0)
@@ -770,9 +770,9 @@ def disturb(images, kind, alpha, rng, others):
     """uint8 images [N, C, H, W] with a disturbance of DISTURBANCES at level alpha; rng on their device.
 
     Binkowski et al. 2018, appendix E, as Heusel et al. 2017, appendix A1, have them: alpha is the weight of
-    noise over [0, 255]; a Gaussian filter's std in pixels; the side of five black rectangles over the image's;
-    the strength of a swirl about the centre of extent 25 pixels; the share of pixels that turn black or white; the
-    share of images replaced by others [M, C, H, W].
+    noise over [0, 255]; a Gaussian filter's std in pixels; the side of five black rectangles over the
+    image's; the strength of a swirl about the centre of extent 25 pixels; the share of pixels that turn black
+    or white; the share of images replaced by others [M, C, H, W].
     """
     n, _, height, width = images.shape
 
@@ -786,7 +786,8 @@ def disturb(images, kind, alpha, rng, others):
         blur = torchvision.transforms.functional.gaussian_blur
         return blur(images, 8 * alpha + 1, alpha) if alpha else images
     if kind == "black rectangles":
-        side, rows, columns = round(alpha * height), *(torch.arange(m, device=images.device) for m in (height, width))
+        side = round(alpha * height)
+        rows, columns = (torch.arange(m, device=images.device) for m in (height, width))
         for _ in range(5):
             top, left = ((uniform(n, 1) * (m - side + 1)).long() for m in (height, width))
             inside = [(at >= edge) & (at < edge + side) for at, edge in ((rows, top), (columns, left))]
@@ -796,15 +797,17 @@ def disturb(images, kind, alpha, rng, others):
         y, x = (torch.arange(m, device=images.device) - (m - 1) / 2 for m in (height, width))
         radius = torch.hypot(x, y[:, None])
         angle = torch.atan2(y[:, None], x) + alpha * torch.exp(-5 * radius / (math.log(2) * 25))
-        at = torch.stack([radius * angle.cos() * 2 / (width - 1), radius * angle.sin() * 2 / (height - 1)], -1)
-        found = F.grid_sample(images.float(), at.expand(n, -1, -1, -1), padding_mode="border", align_corners=True)
+        at = torch.stack([radius * angle.cos() * 2 / (width - 1),
+                          radius * angle.sin() * 2 / (height - 1)], -1).expand(n, -1, -1, -1)
+        found = F.grid_sample(images.float(), at, padding_mode="border", align_corners=True)
         return found.round().byte()
     if kind == "salt and pepper":
         hit, salt = uniform(n, 1, height, width) < alpha, uniform(n, 1, height, width) < 0.5
         return torch.where(hit, salt * images.new_tensor(255), images)
     if kind == "contamination":
         taken = others[torch.randint(len(others), (n,), generator=rng, device=rng.device)]
-        return torch.where((torch.arange(n, device=images.device) < alpha * n)[:, None, None, None], taken, images)
+        hit = torch.arange(n, device=images.device) < alpha * n
+        return torch.where(hit[:, None, None, None], taken, images)
     raise ValueError(f"found the disturbance {kind!r}, expected one of {', '.join(DISTURBANCES)}")
 
 
@@ -903,7 +906,7 @@ class FidInception(nn.Module):
 
 
 def fid_inception(path=None):
-    """FidInception with the weights of a .pth file, None: those that pytorch-fid publishes, by torch.hub's cache.
+    """FidInception with a .pth file's weights, None: those that pytorch-fid publishes, by torch.hub's cache.
 
     Raises OSError or RuntimeError where they cannot be fetched or are no such weights.
     """
@@ -917,9 +920,9 @@ def load_features(path, device):
     """A feature network: a function from uint8 [N, 3, H, W] to features [N, D] and logits [N, C] or None.
 
     path: None for FidInception, fetched if need be; a .pth file of its weights; or a torch.export file (.pt2)
-    that returns features, or a tuple of features and logits. The attribute `name` is what its scores are called
-    by, `key` the start of its file's SHA-256. Raises OSError if FidInception cannot be fetched, and exits with a
-    message if the file holds no such network.
+    that returns features, or a tuple of features and logits. The attribute `name` is what its scores are
+    called by, `key` the start of its file's SHA-256. Raises OSError if FidInception cannot be fetched, and
+    exits with a message if the file holds no such network.
     """
     wanted = ("expected weights of FID's Inception network (.pth) or a torch.export file (.pt2) of a network "
               "from uint8 [N, 3, H, W] to features [N, D]")
@@ -933,8 +936,9 @@ def load_features(path, device):
     except Exception as error:                      # whatever its reader stumbles over
         if path:
             sys.exit(f"{path}: cannot be loaded ({first_line(error)}); {wanted}")
-        raise OSError(f"{INCEPTION}: cannot be fetched ({first_line(error)}); put it into {torch.hub.get_dir()}"
-                      f"/checkpoints, or name it, or another network, with --features FILE") from error
+        raise OSError(f"{INCEPTION}: cannot be fetched ({first_line(error)}); put it into "
+                      f"{torch.hub.get_dir()}/checkpoints, or name it, or another network, "
+                      "with --features FILE") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -966,19 +970,19 @@ def load_features(path, device):
 
 
 def extract(features, images, device, batch=250):
-    """Features [N, D] and logits [N, C] or None of uint8 images [N, C, H, W], on the CPU, in float32 without TF32.
+    """Features [N, D] and logits [N, C] or None of uint8 images [N, C, H, W], on the CPU.
 
-    Images of one channel are taken for grey ones.
+    In float32 without TF32. Images of one channel are taken for grey ones.
     """
     parts = images.tensor_split(math.ceil(len(images) / batch))      # nearly equal, never one image alone
-    found = [[out if out is None else out.float().cpu() for out in features(part.to(device).expand(-1, 3, -1, -1))]
-             for part in parts]
+    found = [[out if out is None else out.float().cpu()
+              for out in features(part.to(device).expand(-1, 3, -1, -1))] for part in parts]
     found, logits = zip(*found)
     return torch.cat(found), None if logits[0] is None else torch.cat(logits)
 
 
 def reference_statistics(path, features, device):
-    """What scores against the images of a path need: a dict of features [M, D] and gaussian_fit's mean and root.
+    """What scoring against a path's images needs: a dict of features [M, D] and gaussian_fit's mean and root.
 
     path: as read_images takes it. They are computed once and kept beside the images, in PATH-NETWORK-KEY.pt
     without the path's suffix, for as long as the images are older.
@@ -1003,8 +1007,8 @@ def score(images, reference, features, device, brief=False):
     """Scores of uint8 images [N, C, H, W] against reference_statistics, as a dict.
 
     fd: Frechet distance, FID if the network is FID's. brief: nothing else. kid, kid_std: KID, its std over
-    subsets. fd_bootstrap, fd_bootstrap_std: bootstrap_frechet_distance. isc, isc_std: Inception score, its std
-    over splits, where the network has logits. features: the network's name. samples: N. reference: M.
+    subsets. fd_bootstrap, fd_bootstrap_std: bootstrap_frechet_distance. isc, isc_std: Inception score, its
+    std over splits, where the network has logits. features: the network's name. samples: N. reference: M.
     """
     found, logits = extract(features, images, device)
     fit = reference["mean"], reference["root"]
@@ -1081,12 +1085,13 @@ def rate(network, lr):
 class AdaptiveRate:
     """Learning rates that fall when a model gets no nearer to the data (Binkowski et al. 2018, section 4.1).
 
-    x: features [m, D] of training images. step(y), with those of as many samples, is one evaluation: it puts y to
-    the test against the model of `window` evaluations before and returns the p-value, None without such a model.
-    p > level is a failure; `patience` of them in a row multiply all rates of the optimizers by decay, but not
-    below floor. As in mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on by one evaluation,
-    a failure leaves the old model where it is, and a cut keeps the last `patience` models of the window, so that
-    the next test comes when it is full again. Of each model row sums are kept and no features (similarity).
+    x: features [m, D] of training images. step(y), with those of as many samples, is one evaluation: it puts
+    y to the test against the model of `window` evaluations before and returns the p-value, None without such
+    a model. p > level is a failure; `patience` of them in a row multiply all rates of the optimizers by
+    decay, but not below floor. As in mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on
+    by one evaluation, a failure leaves the old model where it is, and a cut keeps the last `patience` models
+    of the window, so that the next test comes when it is full again. Of each model row sums are kept and no
+    features (similarity).
     """
 
     def __init__(self, optimizers, x, window, patience, decay, level, floor):
@@ -1548,7 +1553,7 @@ def curve_panel(axes, steps, curves):
 
 
 def neighbours_figure(samples, images, features, device):
-    """Samples [N, C, H, W], each above its five nearest of the images, in pixels and in features (GRAM, Figure 4)."""
+    """Samples [N, C, H, W], each above its five nearest images in pixels and features (GRAM, Figure 4)."""
     spaces = {name: [s.flatten(1).float() if name == "pixels" else extract(features, s, device)[0]
                      for s in (samples, images)] for name in ("pixels", "features")}
     figure = Figure(figsize=(0.5 * len(samples), 6.5), layout="constrained")
@@ -1562,11 +1567,11 @@ def neighbours_figure(samples, images, features, device):
 
 
 def bias_figure(x, y, kid_n, fid_n, dimension, m, estimates, device):
-    """Estimates over n, mean and std of so many: KID and Frechet distance of features x and y of one law, which only
-    KID puts at 0, and FIDs of two censored normals whose estimates from m points are in the wrong order.
+    """Estimates over n, mean and std of so many: KID and Frechet distance of features x, y of one law, which
+    only KID puts at 0, and FIDs of two censored normals whose estimates from m points are in the wrong order.
 
-    Binkowski et al. 2018, Figure 1 and appendix D.2: P1 = ReLU(N(0, I)), P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)), Q =
-    ReLU(N(1, I)), which is known exactly, Sigma = (4 / d) C C^T, C of standard normals.
+    Binkowski et al. 2018, Figure 1 and appendix D.2: P1 = ReLU(N(0, I)), P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)),
+    Q = ReLU(N(1, I)), which is known exactly, Sigma = (4 / d) C C^T, C of standard normals.
     """
     rng, x, y = torch.Generator(device).manual_seed(0), x.to(device), y.to(device)
 
@@ -1592,10 +1597,12 @@ def bias_figure(x, y, kid_n, fid_n, dimension, m, estimates, device):
     zero = torch.zeros(dimension, dtype=torch.float64, device=device)
     eye, C = torch.diag(zero + 1), torch.randn(dimension, dimension, generator=rng, device=device).double()
     q = censored_fit(zero + 1, eye)
-    for name, mean, covariance in (("P1", zero, eye), ("P2", zero + 1, 3.2 / dimension * C @ C.T + 0.2 * eye)):
+    for name, mean, covariance in (("P1", zero, eye),
+                                   ("P2", zero + 1, 3.2 / dimension * C @ C.T + 0.2 * eye)):
         root, shift = torch.linalg.cholesky(covariance).float(), mean.float()
         panel(third, f"FID of {name} and Q", m, frechet_distance(censored_fit(mean, covariance), q),
-              lambda n: frechet_distance(gaussian_fit((normal_noise(n, dimension, rng) @ root.T + shift).relu()), q))
+              lambda n: frechet_distance(
+                  gaussian_fit((normal_noise(n, dimension, rng) @ root.T + shift).relu()), q))
     return figure
 
 
@@ -1606,13 +1613,15 @@ def noise_figure(images, others, reference, features, device):
     for axes, (kind, levels) in zip(figure.subplots(2, 3).flat, DISTURBANCES.items()):
         found = []
         for alpha in levels:
-            found.append(score(disturb(images, kind, alpha, rng, others), reference, features, device))
-            print(f"{kind:<20}{alpha:<6}", *(f"{key} {found[-1][key]:<10.5g}" for key in SCORES if key in found[-1]),
-                  flush=True)
+            scores = score(disturb(images, kind, alpha, rng, others), reference, features, device)
+            shown = (f"{key} {scores[key]:<10.5g}" for key in SCORES if key in scores)
+            print(f"{kind:<20}{alpha:<6}", *shown, flush=True)
+            found.append(scores)
         for key, sign in SCORES.items():
             values = sign * np.array([scores.get(key, np.nan) for scores in found])
             low, high = values.min(), values.max()
-            axes.plot(levels, (values - low) / (high - low), marker=".", label=f"{key}: {low:.4g} to {high:.4g}")
+            axes.plot(levels, (values - low) / (high - low), marker=".",
+                      label=f"{key}: {low:.4g} to {high:.4g}")
         axes.set_title(kind, fontsize=9)
         axes.legend(fontsize=7)
     return figure

@@ -105,15 +105,16 @@ def metrics(device, n):
         timed("Inception score", lambda: common.inception_score(logits, device=device))
         timed("bootstrap of FID, 10 resamplings", lambda: common.bootstrap_frechet_distance(
             found, (reference["mean"], reference["root"]), device=device))
-        ours = timed("all of score(), statistics kept", lambda: common.score(images, reference, features, device))
+        ours = timed("all of score(), statistics kept",
+                     lambda: common.score(images, reference, features, device))
         try:
             import torch_fidelity
         except ImportError:
             print("torch-fidelity is not installed")
         else:
-            flags = dict(isc=True, fid=True, kid=True, cuda=device.type == "cuda", batch_size=500, cache=False,
-                         verbose=False, feature_extractor_weights_path=weights, kid_subset_size=min(1000, n),
-                         kid_subsets=100)
+            flags = dict(isc=True, fid=True, kid=True, cuda=device.type == "cuda", batch_size=500,
+                         cache=False, verbose=False, feature_extractor_weights_path=weights,
+                         kid_subset_size=min(1000, n), kid_subsets=100)
             theirs = timed("torch-fidelity, both sets", lambda: torch_fidelity.calculate_metrics(
                 input1=Images(images), input2=Images(others), **flags))
             for key, name in (("fd", "frechet_inception_distance"), ("kid", "kernel_inception_distance_mean"),
@@ -139,7 +140,8 @@ def main():
     global WARM, UPDATES
     names, raw = list(cifar.METHODS), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="?", default="methods", choices=["methods", "metrics"], help="(methods)")
+    parser.add_argument("what", nargs="?", default="methods", choices=["methods", "metrics"],
+                        help="(methods)")
     parser.add_argument("--images", type=int, default=50_000, metavar="N", help="of metrics (50,000)")
     parser.add_argument("--method", nargs="+", default=names, choices=names, metavar="NAME", help="(all)")
     parser.add_argument("--side", nargs="+", type=int, default=[6], metavar="K", help="side by side (6)")

@@ -212,7 +212,8 @@ def closed(path):
 
 def test_fid_inception_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: closed("there"))
-    with pytest.raises(OSError, match="fid_weights/pt_inception-2015.*cannot be fetched.*put it into .*checkpoints"):
+    wanted = "fid_weights/pt_inception-2015.*cannot be fetched.*put it into .*checkpoints"
+    with pytest.raises(OSError, match=wanted):
         common.load_features(None, torch.device("cpu"))
 
 

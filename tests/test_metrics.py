@@ -58,7 +58,8 @@ def by_hand(state, images):
                           chain(block, pool(x, "mean"), "branch_pool")], 1)
 
     def c(block, x):
-        return torch.cat([chain(block, x, "branch1x1"), chain(block, x, *(f"branch7x7_{i}" for i in (1, 2, 3))),
+        return torch.cat([chain(block, x, "branch1x1"),
+                          chain(block, x, *(f"branch7x7_{i}" for i in (1, 2, 3))),
                           chain(block, x, *(f"branch7x7dbl_{i}" for i in range(1, 6))),
                           chain(block, pool(x, "mean"), "branch_pool")], 1)
 
@@ -66,7 +67,8 @@ def by_hand(state, images):
         wide, double = chain(block, x, "branch3x3_1"), chain(block, x, "branch3x3dbl_1", "branch3x3dbl_2")
         return torch.cat([chain(block, x, "branch1x1"), chain(block, wide, "branch3x3_2a"),
                           chain(block, wide, "branch3x3_2b"), chain(block, double, "branch3x3dbl_3a"),
-                          chain(block, double, "branch3x3dbl_3b"), chain(block, pool(x, kind), "branch_pool")], 1)
+                          chain(block, double, "branch3x3dbl_3b"),
+                          chain(block, pool(x, kind), "branch_pool")], 1)
 
     x = torch.empty(*images.shape[:2], 299, 299)
     for i in range(299):                                                # TensorFlow 1's bilinear resize
@@ -89,8 +91,9 @@ def by_hand(state, images):
     for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
         x = c(block, x)
     block = "Mixed_7a"
+    wide = chain(block, x, "branch7x7x3_1", "branch7x7x3_2", "branch7x7x3_3")
     x = torch.cat([conv(f"{block}.branch3x3_2", chain(block, x, "branch3x3_1"), 2),
-                   conv(f"{block}.branch7x7x3_4", chain(block, x, *(f"branch7x7x3_{i}" for i in (1, 2, 3))), 2),
+                   conv(f"{block}.branch7x7x3_4", wide, 2),
                    F.max_pool2d(x, 3, 2)], 1)
     return e("Mixed_7c", e("Mixed_7b", x, "mean"), "max").mean((2, 3))
 
@@ -140,12 +143,13 @@ def test_frechet_distance_can_order_two_normals_wrongly():
     for y in torch.randn(8_000, m, 1, generator=rng, dtype=torch.float64):
         one, two = (common.frechet_distance(common.gaussian_fit(s * y), q) for s in ((m - 1) / m, 1))
         differences.append(one - two)
-    assert np.mean(differences) == pytest.approx(expected, abs=3 * np.std(differences) / 8_000 ** 0.5) and expected < 0
+    error = np.std(differences) / 8_000 ** 0.5
+    assert np.mean(differences) == pytest.approx(expected, abs=3 * error) and expected < 0
 
 
 def test_wasserstein_estimates_are_biased():
-    """Binkowski et al. 2018, B.4: W(N(1, 1), N(0, 1)) = 1. A critic t or -t that one pair has chosen overrates itself
-    on that pair, and is worth 1 - 2 Phi(-1 / sqrt(2)) = 0.52 on another."""
+    """Binkowski et al. 2018, B.4: W(N(1, 1), N(0, 1)) = 1. A critic t or -t that one pair has chosen
+    overrates itself on that pair, and is worth 1 - 2 Phi(-1 / sqrt(2)) = 0.52 on another."""
     normal = torch.randn(4, 40_000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x, y, x_new, y_new = normal[0] + 1, normal[1], normal[2] + 1, normal[3]
     sign = common.wasserstein(x, y).sign()[:, None, None]
@@ -159,7 +163,8 @@ def test_censored_normal_against_samples():
     rng = torch.Generator().manual_seed(0)
     A = torch.randn(3, 3, generator=rng, dtype=torch.float64)
     mean, covariance = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64), A @ A.T + 0.1 * torch.eye(3)
-    x = (torch.randn(1_000_000, 3, generator=rng, dtype=torch.float64) @ torch.linalg.cholesky(covariance).T + mean)
+    noise = torch.randn(1_000_000, 3, generator=rng, dtype=torch.float64)
+    x = noise @ torch.linalg.cholesky(covariance).T + mean
     found, root = common.censored_fit(mean, covariance, nodes=64)
     assert torch.allclose(found, x.relu().mean(0), atol=0.01)
     assert torch.allclose(root.T @ root, x.relu().T.cov(), atol=0.02)
@@ -194,13 +199,14 @@ def test_disturbances():
     found = {}
     for kind, levels in common.DISTURBANCES.items():
         for alpha in levels:
-            y = found[kind, alpha] = common.disturb(images, kind, alpha, torch.Generator().manual_seed(1), others)
+            y = common.disturb(images, kind, alpha, torch.Generator().manual_seed(1), others)
+            found[kind, alpha] = y
             assert y.shape == images.shape and y.dtype == torch.uint8
             assert torch.equal(y, images) == (alpha == 0), (kind, alpha)
-    changed = (found["salt and pepper", 0.3] != images).any(1).float().mean()
-    assert float(changed) == pytest.approx(0.3, abs=0.02)
-    hit = found["salt and pepper", 0.3][(found["salt and pepper", 0.3] != images).any(1, keepdim=True).expand_as(images)]
-    assert set(hit.tolist()) == {0, 255}
+    salted = found["salt and pepper", 0.3]
+    changed = (salted != images).any(1, keepdim=True)
+    assert float(changed.float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert set(salted[changed.expand_as(images)].tolist()) == {0, 255}
     black = (found["black rectangles", 0.25] == 0).all(1)
     assert black.sum((1, 2)).max() <= 5 * 64 and black.sum((1, 2)).min() >= 64      # five of 8 x 8
     assert (found["contamination", 0.25] != images).flatten(1).any(1).sum() == 5
@@ -220,7 +226,7 @@ def test_disturbances():
 
 
 def trials(means, n=1_500, m=50):
-    """p-values, and for each trial (u_old, its variance, u_old - u_new), of y_old and y_new at means; x at 0."""
+    """p-values, u_old, its variance and u_old - u_new of trials with y_old and y_new at means, x at 0."""
     rng = torch.Generator().manual_seed(0)
     found = []
     for _ in range(n):
@@ -260,8 +266,10 @@ def test_relative_similarity_has_its_level_and_power():
 
 def adaptive(lr=0.4):
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)], rate) for rate in (lr, torch.tensor(2.0))]
-    return common.AdaptiveRate(optimizers, x, window=4, patience=3, decay=0.5, level=0.1, floor=0.15), optimizers
+    optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)], rate)
+                  for rate in (lr, torch.tensor(2.0))]
+    found = common.AdaptiveRate(optimizers, x, window=4, patience=3, decay=0.5, level=0.1, floor=0.15)
+    return found, optimizers
 
 
 def sample(shift, seed):
@@ -277,7 +285,7 @@ def test_rates_fall_after_three_failures_in_a_row():
     oldest = rate.models[0]
     assert rate.step(sample(4, 5)) > 0.1 and rate.step(sample(4, 6)) > 0.1      # two failures: it stays
     assert rate.models[0] is oldest and len(rate.models) == 4 and rate.failures == 2
-    assert rate.step(sample(1, 7)) < 0.1 and rate.failures == 0                 # a success between: from 0 again
+    assert rate.step(sample(1, 7)) < 0.1 and rate.failures == 0                 # a success: from 0 again
     assert (first.param_groups[0]["lr"], float(lr)) == (0.4, 2)
     models = rate.models
     assert all(rate.step(sample(4, seed)) > 0.1 for seed in (8, 9, 10))
@@ -294,7 +302,8 @@ def test_adaptive_rates_resume(tmp_path):
 
     def whole():
         rate, optimizers = adaptive()
-        return [rate.step(sample(shift, seed)) for seed, shift in enumerate(shifts)], optimizers[0].param_groups[0]["lr"]
+        found = [rate.step(sample(shift, seed)) for seed, shift in enumerate(shifts)]
+        return found, optimizers[0].param_groups[0]["lr"]
 
     for stop in (2, 6, 9):
         rate, (optimizer, _) = adaptive()

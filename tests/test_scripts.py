@@ -23,7 +23,7 @@ ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
 SMALL = dict(BATCH=8, Z=8, GENERATOR=(16, 8, 8), K=8, SAMPLES=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2,
              BURST=2, BURST_UNTIL=1, CRITIC_STEPS=1)
 METHODS = {name: dict(row, critic=row["critic"] and (4, 8, 8)) for name, row in cifar.METHODS.items()}
-PLAIN = [name for name, row in METHODS.items() if "adaptive" not in row]     # those that need no feature network
+PLAIN = [name for name, row in METHODS.items() if "adaptive" not in row]     # need no feature network
 
 
 @pytest.fixture(autouse=True)
