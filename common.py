@@ -1025,7 +1025,10 @@ def score(images, reference, features, device, brief=False):
 def score_files(images, reference, features=None, device=None):
     """score() of paths: images and reference as read_images takes them, features as load_features does."""
     device = setup(device)
-    network = load_features(features, device)
+    try:
+        network = load_features(features, device)
+    except OSError as error:
+        sys.exit(str(error))
     return score(read_images(images), reference_statistics(reference, network, device), network, device)
 
 
