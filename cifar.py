@@ -30,7 +30,8 @@ LAMBDA = 1.0                # eq. 9
 FEASIBLE, AUTOENCODER = 16.0, 8.0   # weights of MMD-GAN's terms, here and below OctoberChang/MMD-GAN
 CRITIC_STEPS, CLIP = 5, 0.01        # for each step of its generator
 BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # critic steps of the first 25 updates and of every 500th
-EMA = 0.9998                # samples come from the average of the generator's weights; ours, see README.md
+AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
+                            # t^3; the average, mirrored data, the data's contrast are ours: see README.md
 ADAPT_EVERY, WINDOW, PATIENCE, DECAY = 2_000, 10, 3, 0.5    # adaptive rates, Demystifying MMD GANs, section 5
 LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6                      # from mbinkowski/MMD-GAN, gan/utils/scorer.py
 SAMPLES = 10_000            # to keep and to score
@@ -42,15 +43,15 @@ SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been se
 # ridge: 1e-3 is JuliaGRAM's (src/kmm.jl), neither the paper nor GRAMFlow has one. lr_f, lr_g: rates of critic
 # and generator; 5e-5 is the paper's, 1e-3 JuliaGRAM's for MMD-nets. README.md says how the others were found.
 METHODS = {
-    "gram":         dict(critic=FULL, form="flow",   ridge=1e-2, lr_f=2e-4, lr_g=4e-4),
-    "gram-weak":    dict(critic=WEAK, form="flow",   ridge=1e-2, lr_f=2e-4, lr_g=4e-4),
-    "gram-eq9":     dict(critic=FULL, form="swap",   ridge=1e-1, lr_f=2e-4, lr_g=4e-4),
-    "gram-printed": dict(critic=FULL, form="sum",    ridge=1e-3, lr_f=5e-5, lr_g=5e-5),
-    "gram-clip":    dict(critic=FULL, form="clip",   ridge=1e-3, lr_f=5e-5, lr_g=5e-5),
-    "gan":          dict(critic=FULL, form="gan",                lr_f=2e-4, lr_g=2e-4),
-    "gan-weak":     dict(critic=WEAK, form="gan",                lr_f=2e-4, lr_g=2e-4),
-    "mmdgan":       dict(critic=FULL, form="mmdgan",             lr_f=5e-5, lr_g=5e-5),
-    "mmdnet":       dict(critic=None, form=None,                            lr_g=1e-3),
+    "gram":      dict(critic=FULL, form="swap",   ridge=1.0,  lr_f=4e-4, lr_g=4e-4),   # eq. 9, p, q exchanged
+    "gram-weak": dict(critic=WEAK, form="swap",   ridge=1.0,  lr_f=4e-4, lr_g=4e-4),
+    "gram-flow": dict(critic=FULL, form="flow",   ridge=1e-2, lr_f=4e-4, lr_g=4e-4),   # GRAMFlow's objective
+    "gram-eq9":  dict(critic=FULL, form="sum",    ridge=1e-3, lr_f=5e-5, lr_g=5e-5),   # eq. 9 as printed
+    "gram-clip": dict(critic=FULL, form="clip",   ridge=1e-3, lr_f=5e-5, lr_g=5e-5),   # footnote 3
+    "gan":       dict(critic=FULL, form="gan",                lr_f=2e-4, lr_g=4e-4),
+    "gan-weak":  dict(critic=WEAK, form="gan",                lr_f=2e-4, lr_g=2e-4),
+    "mmdgan":    dict(critic=FULL, form="mmdgan",             lr_f=5e-5, lr_g=5e-5),
+    "mmdnet":    dict(critic=None, form=None,                            lr_g=1e-3),
 }
 METHODS["gram-adaptive"] = dict(METHODS["gram"], adaptive=True)
 METHODS |= {f"gram-k{k}": dict(METHODS["gram"], k=k) for k in (2, 8, 32, 128, 512, 1024, 2048)}
@@ -59,7 +60,7 @@ FIGURES = {"5c": dict(method=[name for name, row in METHODS.items() if "k" in ro
 ESTIMATES = 100             # for each n of --figure bias, Demystifying MMD GANs, Figure 1
 KID_N, FID_N = (50, 100, 200, 500, 1_000, 2_000), (1_000, 2_500, 5_000, 7_500, 10_000)
 CENSORED, CENSORED_M = 2048, (10_000, 20_000, 50_000, 100_000)      # dimension and sample sizes of its D.2
-PAPER = {"gram": "24.85 ± 0.94", "gram-printed": "24.85 ± 0.94", "gan": "26.82 ± 0.49",     # FID, Table 1
+PAPER = {"gram": "24.85 ± 0.94", "gram-eq9": "24.85 ± 0.94", "gan": "26.82 ± 0.49",         # FID, Table 1
          "mmdgan": "40.00 ± 0.56", "gram-weak": "24.82 ± 0.62", "gan-weak": "31.64 ± 2.10"}
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
 READINGS = ("condition", "fd", "p", "lr_g")     # of the Gram matrix the ratio inverts, the largest of all
@@ -85,10 +86,11 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
     def optimizer(network, lr):
         return common.rmsprop(network, lr) if decoder else common.adam(network, lr, BETAS)
 
-    opt_g, mean_g = optimizer(g, row["lr_g"]), common.Average(g, EMA)
+    opt_g, average = optimizer(g, row["lr_g"]), common.Average(g, AVERAGE)
+    sampler = nn.Sequential(average, common.Contrast(3).fit(images).to(device))
     rng = torch.Generator(device).manual_seed(seed)
     log = common.Log(folder, COLUMNS, steps, device, READINGS)
-    state = dict(g=g, opt_g=opt_g, mean_g=mean_g, rng=rng, log=log)
+    state = dict(g=g, opt_g=opt_g, sampler=sampler, rng=rng, log=log)
     if f:
         critic = nn.ModuleList([f, decoder] if decoder else [f])
         opt_f = optimizer(critic, row["lr_f"])
@@ -98,7 +100,8 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
     loss_ascent = torch.zeros((), device=device)                        # of the last step of MMD-GAN's critic
 
     def draw():
-        return common.draw_images(images, BATCH, rng), g(common.uniform_noise(BATCH, Z, rng))
+        x = common.flip_images(common.draw_images(images, BATCH, rng), rng)
+        return x, g(common.uniform_noise(BATCH, Z, rng))
 
     def gram(h_x, h_y):
         return common.gram(lambda a, b: common.gaussian(a, b, sigma), h_x, h_y)
@@ -145,7 +148,7 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
             common.descend((opt_f, -objective), (opt_g, loss_g))
             K_ratio.copy_(K_xx.detach() if row["form"] in common.AT_DATA else K_yy.detach())
             log.add(-objective, loss_g, common.pearson(r), r.mean(), spread(h_x, h_y))
-        mean_g.follow(g)
+        average.follow(g)
 
     def readings(step):
         found = {}
@@ -163,7 +166,7 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
     @torch.no_grad()
     def sample(n):      # of the same noise always; batch norm by at most 500 at a time (common.batch_norm)
         z = common.uniform_noise(n, Z, torch.Generator().manual_seed(0)).to(device)
-        return torch.cat([common.to_bytes(mean_g.network(part)) for part in z.split(500)]).cpu()
+        return torch.cat([common.to_bytes(sampler(part)) for part in z.split(500)]).cpu()
 
     def codes(some):
         return common.extract(features, some, device)[0].to(device)

@@ -631,7 +631,8 @@ def dcgan_critic(channels, widths, out):
 
     GRAM, Tables 6 and 7, with widths (32, 64, 128) and (32, 32, 64): convolutions of 4x4 and stride 2, each
     with batch norm and LeakyReLU 0.2, then a linear layer. The paper says that the critic has batch norm, not
-    where; GRAMFlow has none behind the first convolution.
+    where; GRAMFlow has none behind the first convolution. With it there the critic cannot see contrast: the
+    class Contrast says what follows.
     """
     layers = []
     for a, b in zip([channels, *widths], widths):
@@ -640,23 +641,56 @@ def dcgan_critic(channels, widths, out):
 
 
 class Average(nn.Module):
-    """A network, as `network`, with a moving average of the weights that another one had at each follow().
+    """A network, as `network`, with an average of the weights p that another one had at each follow().
 
-    m <- m + w (p - m), w = max(1 - decay, 9 / (9 + t)) at the t-th call: early weights are soon forgotten,
-    later the average is exponential (the schedule of tf.train.ExponentialMovingAverage with num_updates).
+    m <- m + w (p - m), w = (eta + 1) / (eta + t) at the t-th call: the weights of call t count as t^eta, and
+    the average is 1 / (eta + 2) of the run behind, however long it is (polynomial-decay averaging; Shamir and
+    Zhang, Stochastic Gradient Descent for Non-smooth Optimization, ICML 2013).
     """
 
-    def __init__(self, network, decay):
+    def __init__(self, network, eta):
         super().__init__()
-        self.network, self.decay = copy.deepcopy(network).requires_grad_(False), decay
+        self.network, self.eta = copy.deepcopy(network).requires_grad_(False), eta
         self.register_buffer("t", torch.zeros((), device=next(network.parameters()).device))
+
+    def forward(self, z):
+        return self.network(z)
 
     @torch.no_grad()
     def follow(self, network):
         self.t += 1
-        w = (9 / (9 + self.t)).clamp(min=1 - self.decay)
+        w = (self.eta + 1) / (self.eta + self.t)
         for mean, p in zip(self.network.parameters(), network.parameters()):
             mean.lerp_(p, w)
+
+
+class Contrast(nn.Module):
+    """A batch of samples y [N, C, H, W] with the brightness and contrast of the images that it was fit() to.
+
+    std (y - mean(y)) / std(y) + mean: a mean for each channel, one std around them for all. These C + 1
+    numbers are what a critic with batch norm behind its first convolution cannot see, if it normalises data
+    and samples apart: f(a y + b_c) = f(y) for every a > 0, and for every b_c but for the images' border. So
+    its generator is free in them, and drifts. As in batch_norm, the statistics of y are those of the batch.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(()))
+
+    def fit(self, images):
+        """Take the numbers from images, uint8 [N, C, H, W], in the units of draw_images; returns itself."""
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)])
+        share = counts.double().cpu() / counts[0].sum().cpu()       # of each of 256 values, [C, 256]
+        values = torch.arange(256).double() / 127.5 - 1
+        mean = share @ values
+        self.mean.copy_(mean[:, None, None])
+        self.std.copy_((share @ values.square() - mean.square()).mean().sqrt())
+        return self
+
+    def forward(self, y):
+        y = y - y.mean((0, 2, 3), keepdim=True)
+        return self.std / y.square().mean().sqrt().clamp(min=1e-6) * y + self.mean
 
 
 def count(network):
@@ -683,6 +717,12 @@ def draw_images(images, n, rng):
     """n images drawn with replacement: uint8 [N, C, H, W] to float32 [n, C, H, W] in [-1, 1]."""
     index = torch.randint(len(images), (n,), generator=rng, device=rng.device)
     return images[index].float() / 127.5 - 1
+
+
+def flip_images(x, rng):
+    """Images [n, C, H, W], each mirrored left to right with probability 1/2."""
+    mirrored = torch.rand(len(x), 1, 1, 1, generator=rng, device=rng.device) < 0.5
+    return x.flip(3).where(mirrored, x)
 
 
 def to_bytes(y):

@@ -71,8 +71,8 @@ METHODS = {
     "gram":        dict(GRAM, form="sum"),          # eq. 9, the paper's
     "gram-mean":   dict(GRAM, form="mean"),
     "gram-clip":   dict(GRAM, form="clip"),
-    "gram-swap":   dict(GRAM, form="swap"),         # eq. 9 with p and q exchanged, cifar.py's gram-eq9
-    "gram-flow":   dict(GRAM, form="flow"),         # its second term alone, cifar.py's gram
+    "gram-swap":   dict(GRAM, form="swap"),         # eq. 9 with p and q exchanged, cifar.py's gram
+    "gram-flow":   dict(GRAM, form="flow"),         # its second term alone, cifar.py's gram-flow
     "gan":         dict(distance="gan", critic=1, steps=1, adam=(1e-4, 0.5, 0.999)),
     "mmdnet":      dict(distance="mmd", critic=0, steps=0, rmsprop=1e-3),
     "mmdgan":      dict(distance="mmd", critic="K", steps=5, adam=(5e-5, 0.5, 0.999), clip=0.1,

@@ -38,6 +38,15 @@ def test_images_are_drawn_whole_and_scaled():
     assert common.to_bytes(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
 
 
+def test_images_are_mirrored_or_not():
+    x = torch.arange(400 * 3 * 2 * 4.0).view(400, 3, 2, 4)
+    flipped = common.flip_images(x, rng())
+    mirrored = [not torch.equal(a, b) for a, b in zip(flipped, x)]
+    assert 150 < sum(mirrored) < 250
+    for a, b, other in zip(flipped, x, mirrored):
+        assert not other or a.tolist() == [[row[::-1] for row in channel] for channel in b.tolist()]
+
+
 def test_ring_and_its_modes():
     centres = common.ring_centres(8, 2.0)
     assert torch.allclose(centres[0], torch.tensor([0.0, -2.0]), atol=1e-6)

@@ -32,7 +32,7 @@ def run(method, folder, steps=6, seed=0):
 
 def weights(folder):
     kept = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
-    return {p: t for p, t in common.tensors(kept["state"]).items() if p[0] in ("g", "critic", "mean_g")}
+    return {p: t for p, t in common.tensors(kept["state"]).items() if p[0] in ("g", "critic", "sampler")}
 
 
 def same(a, b):

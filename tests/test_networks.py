@@ -1,4 +1,5 @@
 """Networks: shapes, the parameter counts that the paper's tables imply, batch norm, initialisation."""
+import pytest
 import torch
 from torch import nn
 
@@ -53,6 +54,50 @@ def test_initialisation():
                 assert layer.weight.abs().max() > 0.06 and 0.0195 < layer.weight.std() < 0.0205
             if not isinstance(layer, nn.BatchNorm2d) and getattr(layer, "bias", None) is not None:
                 assert layer.bias.abs().max() == 0
+
+
+def test_average_by_hand():
+    """After t calls the weight of p_s is w_s times what all later calls have left of it: close to s^eta."""
+    network = nn.Linear(1, 1, bias=False)
+    values = torch.randn(50).tolist()
+    for eta in (0, 3):
+        average = common.Average(network, eta)
+        for value in values:
+            network.weight.data.fill_(value)
+            average.follow(network)
+        weight = torch.ones(50, dtype=torch.float64)
+        for j in range(eta):
+            weight *= torch.arange(1, 51) + j                   # s (s + 1) ... (s + eta - 1)
+        mean = (weight * torch.tensor(values)).sum() / weight.sum()
+        assert average(torch.ones(1, 1)).item() == pytest.approx(float(mean), abs=1e-5)
+        assert not average(torch.ones(1, 1)).requires_grad and network.weight.requires_grad
+
+
+def test_contrast():
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(40, 200, (30, 3, 8, 8), dtype=torch.uint8, generator=rng)
+    images[:, 1] //= 2
+    contrast = common.Contrast(3).fit(images)
+    x = images.float() / 127.5 - 1
+    mean = x.mean((0, 2, 3), keepdim=True)
+    assert torch.allclose(contrast.mean, mean[0], atol=1e-6)
+    assert float(contrast.std) == pytest.approx(float((x - mean).square().mean().sqrt()))
+    assert torch.allclose(contrast(x), x, atol=1e-5)
+    b = torch.tensor([-0.3, 0.1, 0.2]).view(3, 1, 1)
+    assert torch.allclose(contrast(0.3 * x + b), x, atol=1e-5)
+    assert contrast(torch.zeros(4, 3, 8, 8)).isfinite().all()
+
+
+def test_what_a_critic_cannot_see():
+    """f(a x + b) = f(x) within a batch, but for the border (and batch norm's eps): what Contrast sets."""
+    f = common.dcgan_critic(3, (32, 64, 128), 8).requires_grad_(False)
+    f[0].weight *= 100
+    f[0].padding = 0
+    f[-1] = nn.LazyLinear(8)
+    x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
+    y, b = f(x), torch.tensor([-0.3, 0.1, 0.2]).view(3, 1, 1)
+    assert torch.allclose(f(0.3 * x + b), y, atol=1e-3 * float(y.std()))
+    assert float((f(x ** 3) - y).std()) > 0.1 * float(y.std())
 
 
 def test_mlp():
