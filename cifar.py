@@ -2,9 +2,9 @@
 
     python cifar.py --method gram --features FILE.pt2       under 2 minutes on an H200, an hour on a CPU core
     python cifar.py --method gram gram-weak gan gan-weak --seeds 3 --features FILE.pt2   at once, 7 minutes
-    python cifar.py --figure 5c --features FILE.pt2         the critic's dimension from 2 to 2048, 2 minutes
+    python cifar.py --figure 5c --features FILE.pt2         the critic's dimension from 2 to 2048, 6 minutes
 
-Expect a Frechet distance of 37 ± 4 from gram on EfficientNet-Lite0 features (FID has others; see README.md).
+Expect a Frechet distance of 29 ± 2 from gram on EfficientNet-Lite0 features (FID has others; see README.md).
 A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json;
 the curves of all runs of a command are runs/cifar-curves.png.
 """

@@ -185,7 +185,7 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
     sum     pearson(r) + lam sum(r)     p / q at y    GRAM, eq. 9, lam = 1; JuliaGRAM since 7e6da00
     mean    pearson(r) + lam mean(r)    p / q at y    JuliaGRAM 441596b, the "camera ready" code
     clip    pearson(max(r, 0))          p / q at y    GRAM, footnote 3; JuliaGRAM 44159b2
-    swap    pearson(r) + lam sum(r)     q / p at x    GRAM, eq. 9 with p and q exchanged; ours
+    swap    pearson(r) + lam sum(r)     q / p at x    GRAM, eq. 9 with p and q exchanged; ours, for images
     flow    mean(r)                     q / p at x    GRAMFlow.ipynb, the authors' code for CIFAR-10
 
     E_q[p / q] = E_p[q / p] = 1 for EVERY critic: sum(r) and mean(r) estimate a constant and are no
