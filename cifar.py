@@ -3,8 +3,9 @@
     python cifar.py --method gram --features FILE.pt2       under 2 minutes on an H200, an hour on a CPU core
     python cifar.py --method gram gram-weak gan gan-weak --seeds 3 --features FILE.pt2   at once, 7 minutes
     python cifar.py --figure 5c --features FILE.pt2         the critic's dimension from 2 to 2048, 6 minutes
+    python cifar.py --figure bias                           what estimates of FID and KID are worth, 4 minutes
 
-Expect a Frechet distance of 29 ± 2 from gram on EfficientNet-Lite0 features (FID has others; see README.md).
+Expect a Frechet distance of 29 ± 3 from gram on EfficientNet-Lite0 features (FID has others; see README.md).
 A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json;
 the curves of all runs of a command are runs/cifar-curves.png.
 """
@@ -33,8 +34,9 @@ BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # critic steps of the first 
 AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
                             # t^3; the average, mirrored data, the data's contrast are ours: see README.md
 ADAPT_EVERY, WINDOW, PATIENCE, DECAY = 2_000, 10, 3, 0.5    # adaptive rates, Demystifying MMD GANs, section 5
-LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6                      # from mbinkowski/MMD-GAN, gan/utils/scorer.py
+LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6  # mbinkowski/MMD-GAN, gan/utils/scorer.py; Scaled MMD has DECAY 0.8
 SAMPLES = 10_000            # to keep and to score
+RESAMPLINGS = 10            # of the distance's bootstrap, Demystifying MMD GANs, section 5
 LOG_EVERY = 200
 GRID_EVERY = 20_000         # and, with --features, a Frechet distance
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
@@ -156,7 +158,8 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
             values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
             found["condition"] = float((values[:, -1] / values[:, 0]).max())
         if features and (step % GRID_EVERY == 0 or step == steps):
-            scores.update(common.score(sample(SAMPLES), reference, features, device, brief=step < steps))
+            scores.update(common.score(sample(SAMPLES), reference, features, device,
+                                       RESAMPLINGS if step == steps else 0))
             found["fd"] = scores["fd"]
         if adaptive and step % ADAPT_EVERY == 0:
             found["p"] = adaptive.step(codes(sample(CODES)))
@@ -198,7 +201,7 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, samples.numpy())
     if features and not scores:         # a run that had been trained before
-        scores = common.score(samples, reference, features, device)
+        scores = common.score(samples, reference, features, device, RESAMPLINGS)
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds,
                 **common.machine(device), **scores)
 
@@ -242,19 +245,20 @@ def figure_5c(runs, results):
     return picture
 
 
-def figure_bias(images, test, reference, features, device, data):
+def figure_bias(images, reference, features, device, data):
     """Demystifying MMD GANs, Figure 1 and appendix D.2."""
     x, y = common.extract(features, images, device)[0], reference["features"]
+    print(f"{features.name}; draws from {len(x):,} training images and from {reference['name']}")
     return common.bias_figure(x, y, KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES, device)
 
 
-def figure_noise(images, test, reference, features, device, data):
+def figure_noise(images, reference, features, device, data):
     """Demystifying MMD GANs, appendix E, contaminated by MNIST's digits where the paper has ImageNet."""
     digits = nn.functional.pad(common.load_images("mnist", "train", data), (2, 2, 2, 2)).expand(-1, 3, -1, -1)
     return common.noise_figure(images, digits, reference, features, device)
 
 
-def report(methods, results, data):
+def report(methods, results):
     """The table of the runs, scores as mean ± std over seeds, beside the paper's."""
     rows = []
     for method in dict.fromkeys(methods):
@@ -266,12 +270,12 @@ def report(methods, results, data):
         for key, scale, digits in (("fd", 1, 1), ("fd_bootstrap", 1, 1), ("kid", 1_000, 1), ("isc", 1, 2)):
             row.append(common.spread([scale * result[key] for result in done if key in result], digits))
         rows.append([*row, PAPER.get(method, "-")])
-    names = {result["features"] for result in results if isinstance(result, dict) and "features" in result}
-    name = names.pop() if names else "not scored"
+    scored = [result for result in results if isinstance(result, dict) and "features" in result]
+    name, against = (scored[0]["features"], scored[0]["reference"]) if scored else ("not scored", "-")
     distance = "FID" if name == common.FID_NAME else f"FD, {name}"
     head = ["method", "updates", "seeds finished", distance, "its bootstrap, biased upward", "1,000 KID",
             "Inception score", "FID in the paper"]
-    return f"{SAMPLES:,} samples against {data}; mean ± std over seeds\n\n{common.table(head, rows)}"
+    return f"{SAMPLES:,} samples against {against}; mean ± std over seeds\n\n{common.table(head, rows)}"
 
 
 def main(argv=None):
@@ -292,7 +296,7 @@ def main(argv=None):
     if not features and any(METHODS[method].get("adaptive") for method in args.method):
         sys.exit("found no feature network, expected one for a method whose rates adapt to KID; "
                  "name it with --features")
-    images, test = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
+    images, _ = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
     if len(images) < BATCH:
         sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {BATCH} or more")
     images = images.to(device)
@@ -305,13 +309,15 @@ def main(argv=None):
 
     if args.figure in ("bias", "noise"):        # of the data and the scores alone
         draw = figure_bias if args.figure == "bias" else figure_noise
-        return keep(draw(images, test, reference, features, device, args.data))
+        return keep(draw(images, reference, features, device, args.data))
 
     runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume, device)
     for method in dict.fromkeys(args.method):
         g, f, decoder = networks(METHODS[method])
         print(f"{method}: generator of {common.count(g):,} parameters, critic of {common.count(f):,}, "
               f"decoder of {common.count(decoder):,}")
+    if features:
+        print(f"fd: {features.name}, {SAMPLES:,} samples against {reference['name']}")
     print(common.log_head(COLUMNS + READINGS))
 
     given = args.steps, device, images, features, reference
@@ -335,7 +341,7 @@ def main(argv=None):
         keep(common.neighbours_figure(samples, images, features, device))
     if not features:
         print(f"to score the samples: {command}{'' if args.resume else ' --resume'}")
-    print(f"\n{report([method for method, *_ in runs], results, f'the {len(test):,} test images')}")
+    print(f"\n{report([method for method, *_ in runs], results)}")
     if all(isinstance(result, FloatingPointError) for result in results):
         sys.exit("no run finished")
 

@@ -53,11 +53,13 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import torch
 import torch.export.passes
-import torch.fx.experimental.optimization
+import torch.fx
 import torchvision
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.inception import BasicConv2d
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 # ------------------------------------------------------------------------------------------------------------
@@ -449,7 +451,8 @@ def frechet_distance(a, b):
     Biased: compare at equal N only.
     """
     (m_a, F_a), (m_b, F_b) = a, b
-    overlap = torch.linalg.svdvals(F_a @ F_b.T).sum()
+    driver = "gesvd" if F_a.is_cuda else None       # its default, Jacobi's, takes 1.6 times as long there
+    overlap = torch.linalg.svdvals(F_a @ F_b.T, driver=driver).sum()
     return float((m_a - m_b).square().sum() + F_a.square().sum() + F_b.square().sum() - 2 * overlap)
 
 
@@ -845,7 +848,8 @@ def disturb(images, kind, alpha, rng, others):
         hit, salt = uniform(n, 1, height, width) < alpha, uniform(n, 1, height, width) < 0.5
         return torch.where(hit, salt * images.new_tensor(255), images)
     if kind == "contamination":
-        taken = others[torch.randint(len(others), (n,), generator=rng, device=rng.device)]
+        index = torch.randint(len(others), (n,), generator=rng, device=images.device)
+        taken = others[index.to(others.device)].to(images.device)
         hit = torch.arange(n, device=images.device) < alpha * n
         return torch.where(hit[:, None, None, None], taken, images)
     raise ValueError(f"found the disturbance {kind!r}, expected one of {', '.join(DISTURBANCES)}")
@@ -869,13 +873,16 @@ def read_array(path, shape=(3, None, None)):
 
 
 def read_images(path):
-    """Images to score as a uint8 tensor [N, 3, H, W].
+    """Images to score as a uint8 tensor [N, C, H, W], C 1 or 3.
 
     path: an .npy file of such an array, or a folder of .png and .jpg files of one size; exits with a message
     if neither.
     """
     if not os.path.isdir(path):
-        return read_array(path)
+        images = read_array(path, (None, None, None))
+        if images.shape[1] not in (1, 3):
+            sys.exit(f"{path}: found {list(images.shape)}, expected [N, 1, H, W] or [N, 3, H, W]")
+        return images
     names = sorted(n for n in glob.glob(f"{path}/*") if n.lower().endswith((".png", ".jpg", ".jpeg")))
     images = []
     for name in names:
@@ -896,7 +903,8 @@ def read_images(path):
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")        # FID's network, in torchvision's keys
-FID_NAME = "inception-2015-12-05-6726825d"                  # what scores call it
+FID_KEY, FID_NAME = "6726825d", "inception-2015-12-05"      # its SHA-256's start, what scores call it
+SCORE_PRECISION = "ieee"    # of feature networks' convolutions on a GPU; "tf32" is faster: see README.md
 
 
 def tf_resize(x, size):
@@ -916,28 +924,56 @@ def tf_resize(x, size):
     return weights(x.shape[-2]) @ x @ weights(x.shape[-1]).T
 
 
+class ConvReLU(nn.Module):
+    """torchvision's BasicConv2d without its batch norm, which is folded into the convolution.
+
+    On a GPU cuDNN does convolution, bias and ReLU in one kernel. average: a mean over 3x3 windows, padding
+    left out, stands before the ReLU. It commutes with the 1x1 convolution that torchvision has behind it,
+    and sees fewer channels here.
+    """
+
+    def __init__(self, basic, average):
+        super().__init__()
+        self.conv, self.average = fuse_conv_bn_eval(basic.conv, basic.bn), average
+
+    def forward(self, x):
+        conv = self.conv
+        if self.average:
+            return F.avg_pool2d(conv(x), 3, 1, 1, count_include_pad=False).relu_()
+        if x.is_cuda and torch.version.cuda:
+            return torch.cudnn_convolution_relu(x, conv.weight, conv.bias, conv.stride, conv.padding,
+                                                conv.dilation, conv.groups)
+        return conv(x).relu_()
+
+
 class FidInception(nn.Module):
     """The Inception network of FID and of the Inception score, by its state dict in torchvision's keys.
 
     uint8 images [N, 3, H, W] to features [N, 2048] and to logits without bias [N, 1008]. It is torchvision's
     with averages that leave the padding out (Mixed_5b to 5d, 6b to 6e, 7b) and a maximum for one of them
-    (Mixed_7c), as TensorFlow's of 2015-12-05 has it (pytorch-fid, inception.py); batch norms are folded into
-    the convolutions.
+    (Mixed_7c), as TensorFlow's of 2015-12-05 has it (pytorch-fid, inception.py).
     """
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, BasicConv2d) or super().is_leaf_module(module, name)
 
     def __init__(self, state_dict):
         super().__init__()
         network = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
         network.load_state_dict(state_dict)
         self.register_buffer("classes", network.fc.weight.detach())
-        network.fc = nn.Identity()
-        network = torch.fx.symbolic_trace(network.eval())
-        *averages, last = [node for node in network.graph.nodes if node.target is F.avg_pool2d]
-        for node in averages:
-            node.kwargs = dict(node.kwargs, count_include_pad=False)
+        network.fc, graph = nn.Identity(), self.Tracer().trace(network.eval())
+        *averages, last = (node for node in graph.nodes if node.target is F.avg_pool2d)
         last.target = F.max_pool2d
-        network.recompile()
-        self.network = torch.fx.experimental.optimization.fuse(network)
+        for node in averages:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        for name, block in list(network.named_modules()):
+            if isinstance(block, BasicConv2d):
+                average = name.endswith("branch_pool") and name != "Mixed_7c.branch_pool"
+                network.set_submodule(name, ConvReLU(block, average))
+        self.network = torch.fx.GraphModule(network, graph)
 
     @torch.no_grad()
     def forward(self, images):
@@ -960,10 +996,12 @@ def load_features(path, device):
     """A feature network: a function from uint8 [N, 3, H, W] to features [N, D] and logits [N, C] or None.
 
     path: None for FidInception, fetched if need be; a .pth file of its weights; or a torch.export file (.pt2)
-    that returns features, or a tuple of features and logits. The attribute `name` is what its scores are
-    called by, `key` the start of its file's SHA-256. Raises OSError if FidInception cannot be fetched, and
-    exits with a message if the file holds no such network.
+    that returns features, or a tuple of features and logits. The attribute `width` is D, `name` what its
+    scores are called by (FID_NAME for the published weights and no others), `key` the start of its file's
+    SHA-256. Raises OSError if FidInception cannot be fetched, and exits with a message if the file holds no
+    such network.
     """
+    file = path or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION)}"
     wanted = ("expected weights of FID's Inception network (.pth) or a torch.export file (.pt2) of a network "
               "from uint8 [N, 3, H, W] to features [N, D]")
     logging.disable(logging.WARNING)                # torch.export logs the traceback of what it raises
@@ -972,47 +1010,48 @@ def load_features(path, device):
             program = torch.export.passes.move_to_device_pass(torch.export.load(path), str(device))
             network = program.module()
         else:
-            network = fid_inception(path).to(device)
+            plain = device.type == "cuda" and SCORE_PRECISION == "ieee"     # which layout is the faster one
+            layout = torch.contiguous_format if plain else torch.channels_last
+            network = fid_inception(path).to(device, memory_format=layout)
     except Exception as error:                      # whatever its reader stumbles over
         if path:
             sys.exit(f"{path}: cannot be loaded ({first_line(error)}); {wanted}")
-        raise OSError(f"{INCEPTION}: cannot be fetched ({first_line(error)}); put it into "
-                      f"{torch.hub.get_dir()}/checkpoints, or name it, or another network, "
-                      "with --features FILE") from error
+        raise OSError(f"{INCEPTION}: cannot be fetched ({first_line(error)}); put it there: {file}, or name "
+                      "it, or another network, with --features FILE") from error
     finally:
         logging.disable(logging.NOTSET)
 
+    conv = torch.backends.cudnn.conv
+
     @torch.no_grad()
     def features(images):
-        before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, "ieee"
+        before, conv.fp32_precision = conv.fp32_precision, SCORE_PRECISION
         try:
             out = network(images)
+        except Exception as error:
+            sys.exit(f"{file}: fails on uint8 {list(images.shape)} ({first_line(error)}); {wanted}")
         finally:
-            torch.backends.cudnn.conv.fp32_precision = before
+            conv.fp32_precision = before
         return (out, None) if torch.is_tensor(out) else (*out, None)[:2]
 
     for n in (2, 3):            # a network exported without a dynamic batch takes one of them only
         images = torch.arange(n * 3072, dtype=torch.int32).byte().view(n, 3, 32, 32)
-        try:
-            found, _ = features(images.to(device))
-            finite = bool(found.isfinite().all())
-        except Exception as error:
-            sys.exit(f"{path}: fails on {n} images, uint8 [{n}, 3, 32, 32] ({first_line(error)}); {wanted}")
+        found, _ = features(images.to(device))
+        finite = bool(found.isfinite().all())
         if found.ndim != 2 or len(found) != n or not finite:
-            sys.exit(f"{path}: features of {n} images have the shape {list(found.shape)} and are "
+            sys.exit(f"{file}: features of {n} images have the shape {list(found.shape)} and are "
                      f"{'' if finite else 'not '}finite; {wanted}")
-    file = path or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION)}"
     with open(file, "rb") as weights:
         features.key = hashlib.sha256(weights.read()).hexdigest()[:8]
-    stem = os.path.splitext(os.path.basename(file))[0]
-    features.name = stem.removeprefix("features-").removeprefix("pt_")
+    stem = os.path.splitext(os.path.basename(file))[0].removeprefix("features-")
+    features.name, features.width = FID_NAME if features.key == FID_KEY else stem, found.shape[1]
     return features
 
 
 def extract(features, images, device, batch=250):
     """Features [N, D] and logits [N, C] or None of uint8 images [N, C, H, W], on the CPU.
 
-    In float32 without TF32. Images of one channel are taken for grey ones.
+    Images of one channel are taken for grey ones.
     """
     parts = images.tensor_split(math.ceil(len(images) / batch))      # nearly equal, never one image alone
     found = [[out if out is None else out.float().cpu()
@@ -1022,16 +1061,25 @@ def extract(features, images, device, batch=250):
 
 
 def reference_statistics(path, features, device):
-    """What scoring against a path's images needs: a dict of features [M, D] and gaussian_fit's mean and root.
+    """What scoring against a path's images needs: features [M, D], gaussian_fit's mean and root, and a name.
 
-    path: as read_images takes it. They are computed once and kept beside the images, in PATH-NETWORK-KEY.pt
-    without the path's suffix, for as long as the images are older.
+    path: as read_images takes it. The dict is computed once and kept beside the images, in
+    PATH-NETWORK-KEY.pt without the path's suffix, for as long as the images are older. Exits with a message
+    if that file holds something else.
     """
     stem = os.path.splitext(path.rstrip("/"))[0]
     kept = f"{stem}-{features.name}-{features.key}.pt"
     if os.path.exists(kept) and os.path.getmtime(kept) > os.path.getmtime(path):
-        statistics = torch.load(kept, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            statistics = torch.load(kept, map_location="cpu", weights_only=True, mmap=True)
+            widths = {statistics[key].shape[-1] for key in ("features", "mean", "root")}
+        except Exception as error:              # whatever its reader stumbles over
+            sys.exit(f"{kept}: no whole statistics ({first_line(error)}); delete it to have it built anew")
+        if widths != {features.width}:
+            sys.exit(f"{kept}: found statistics of {sorted(widths)} features, expected {features.width}; "
+                     "delete it to have it built anew")
     else:
+        print(f"{kept}: built once, from the features of {path}", flush=True)
         found, _ = extract(features, read_images(path), device)
         mean, root = gaussian_fit(found, device)
         statistics = dict(features=found, mean=mean.cpu(), root=root.cpu())
@@ -1040,26 +1088,28 @@ def reference_statistics(path, features, device):
                 torch.save(statistics, file)
         except OSError as error:
             print(f"{kept}: not kept ({first_line(error)})")
-    return dict(statistics, mean=statistics["mean"].to(device), root=statistics["root"].to(device))
+    return dict(statistics, mean=statistics["mean"].to(device), root=statistics["root"].to(device),
+                name=f"{os.path.basename(stem)}, {len(statistics['features']):,} images")
 
 
-def score(images, reference, features, device, brief=False):
+def score(images, reference, features, device, resamplings=10):
     """Scores of uint8 images [N, C, H, W] against reference_statistics, as a dict.
 
-    fd: Frechet distance, FID if the network is FID's. brief: nothing else. kid, kid_std: KID, its std over
-    subsets. fd_bootstrap, fd_bootstrap_std: bootstrap_frechet_distance. isc, isc_std: Inception score, its
-    std over splits, where the network has logits. features: the network's name. samples: N. reference: M.
+    fd: Frechet distance, FID if the network is FID's. kid, kid_std: KID, its std over subsets. isc, isc_std:
+    Inception score, its std over splits, where the network has logits. fd_bootstrap, fd_bootstrap_std:
+    bootstrap_frechet_distance, if there are resamplings. features: the network's name. samples: N. reference:
+    its name and size.
     """
     found, logits = extract(features, images, device)
     fit = reference["mean"], reference["root"]
     scores = dict(fd=frechet_distance(gaussian_fit(found, device), fit))
-    if brief:
-        return scores
-    scores["fd_bootstrap"], scores["fd_bootstrap_std"] = bootstrap_frechet_distance(found, fit, device=device)
     scores["kid"], scores["kid_std"] = kid(found, reference["features"], device=device)
     if logits is not None:
         scores["isc"], scores["isc_std"] = inception_score(logits, device=device)
-    return dict(scores, features=features.name, samples=len(found), reference=len(reference["features"]))
+    if resamplings:
+        scores["fd_bootstrap"], scores["fd_bootstrap_std"] = bootstrap_frechet_distance(
+            found, fit, resamplings, device=device)
+    return dict(scores, features=features.name, samples=len(found), reference=reference["name"])
 
 
 def score_files(images, reference, features=None, device=None):
@@ -1613,8 +1663,10 @@ def bias_figure(x, y, kid_n, fid_n, dimension, m, estimates, device):
     """Estimates over n, mean and std of so many: KID and Frechet distance of features x, y of one law, which
     only KID puts at 0, and FIDs of two censored normals whose estimates from m points are in the wrong order.
 
-    Binkowski et al. 2018, Figure 1 and appendix D.2: P1 = ReLU(N(0, I)), P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)),
-    Q = ReLU(N(1, I)), which is known exactly, Sigma = (4 / d) C C^T, C of standard normals.
+    Binkowski et al. 2018, Figure 1 (drawn with replacement, so that KID's mean is the biased squared MMD of
+    the two sets themselves, a little above 0) and appendix D.2: P1 = ReLU(N(0, I)),
+    P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)), Q = ReLU(N(1, I)), which is known exactly, Sigma = (4 / d) C C^T, C of
+    standard normals.
     """
     rng, x, y = torch.Generator(device).manual_seed(0), x.to(device), y.to(device)
 
@@ -1653,10 +1705,13 @@ def noise_figure(images, others, reference, features, device):
     """Scores of images under DISTURBANCES, each scaled to [0, 1] (Binkowski et al. 2018, appendix E)."""
     rng = torch.Generator(images.device).manual_seed(0)
     figure = Figure(figsize=(11, 6), layout="constrained")
+    print(f"{features.name}; {len(images):,} images against {reference['name']}")
+    clean = score(images, reference, features, device, resamplings=0)
     for axes, (kind, levels) in zip(figure.subplots(2, 3).flat, DISTURBANCES.items()):
         found = []
         for alpha in levels:
-            scores = score(disturb(images, kind, alpha, rng, others), reference, features, device)
+            scores = score(disturb(images, kind, alpha, rng, others), reference, features, device,
+                           resamplings=0) if alpha else clean
             shown = (f"{key} {scores[key]:<10.5g}" for key in SCORES if key in scores)
             print(f"{kind:<20}{alpha:<6}", *shown, flush=True)
             found.append(scores)

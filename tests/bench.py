@@ -1,13 +1,15 @@
-"""Milliseconds per update of cifar.py's methods on the present device: eager, captured, side by side.
+"""Milliseconds per update of cifar.py's methods on the present device, and what scoring takes.
 
-    python tests/bench.py                                 all methods, six runs side by side
+    python tests/bench.py                                 all methods: eager, captured, six side by side
     python tests/bench.py --method gram --side 2 4 8 16   how far side by side carries
     python tests/bench.py --method gram --profile         the kernels of an update
     python tests/bench.py metrics                         FID, KID, Inception score of 50,000 images, and
                                                           torch-fidelity's beside them if it is installed
+    python tests/bench.py tf32 --features FILE            what TF32 does to scores of CIFAR-10's images
 
-All in one process, so that the ratios hold. "kernels" is the sum of the GPU kernels' own times, the floor of
-a run alone, "number" how many they are. The images are random: an update's time does not depend on them.
+Each in one process, so that the ratios hold. "kernels" is the sum of the GPU kernels' own times, the floor of
+a run alone, "number" how many they are. Updates and metrics are timed on random images, on which they do not
+depend; without FILE the network is FID's with random weights.
 """
 import argparse
 import os
@@ -16,11 +18,11 @@ import tempfile
 import time
 
 import torch
-import torchvision
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cifar
 import common
+from conftest import inception_weights
 
 WARM, UPDATES = 30, 200
 
@@ -71,56 +73,90 @@ def kernels(method, device, images):
     return sorted(((us / 1e3 / UPDATES, n / UPDATES, name) for us, n, name in found if us > 0), reverse=True)
 
 
-def inception(path):
-    """Write random weights for FID's network, of a scale that keeps all of its layers alive."""
-    torch.manual_seed(0)
-    network = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(layer.weight)
-    torch.save(network.state_dict(), path)
-
-
 def metrics(device, n):
     """Seconds that the parts of scoring n images take, against n others whose statistics are kept or not."""
-    def timed(what, work):
-        work() if device.type == "cuda" else None           # libraries set up, workspaces allocated
+    def timed(what, work, images=None, warm=None):
+        (warm or work)()                                    # libraries set up, workspaces allocated
         began = time.perf_counter()
         found = work()                                      # ends in numbers or on the CPU: no need to wait
-        rows.append([what, f"{time.perf_counter() - began:.2f}"])
+        took = time.perf_counter() - began
+        rows.append([what, f"{took:.2f}", f"{images / took:,.0f}" if images else ""])
         return found
 
-    rows = []
+    try:
+        import torch_fidelity
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        torch_fidelity = print("torch-fidelity is not installed")
+
+    rows, scores = [], []
     images, others = torch.randint(256, (2, n, 3, 32, 32), dtype=torch.uint8)
+    some = images[:2_000]
     with tempfile.TemporaryDirectory() as folder:
         weights = f"{folder}/inception.pth"
-        inception(weights)
-        features = common.load_features(weights, device)
-        found, logits = timed(f"network, {n:,} images", lambda: common.extract(features, images, device))
-        x, _ = common.extract(features, others, device)
-        reference = dict(zip(("mean", "root"), common.gaussian_fit(x, device)), features=x)
-        fit = timed("mean and root of the covariance", lambda: common.gaussian_fit(found, device))
-        timed("FID of two fits", lambda: common.frechet_distance(fit, (reference["mean"], reference["root"])))
-        timed("KID, 100 subsets of 1,000", lambda: common.kid(found, x, device=device))
-        timed("Inception score", lambda: common.inception_score(logits, device=device))
-        timed("bootstrap of FID, 10 resamplings", lambda: common.bootstrap_frechet_distance(
-            found, (reference["mean"], reference["root"]), device=device))
-        ours = timed("all of score(), statistics kept",
-                     lambda: common.score(images, reference, features, device))
-        try:
-            import torch_fidelity
-        except ImportError:
-            print("torch-fidelity is not installed")
-        else:
-            flags = dict(isc=True, fid=True, kid=True, cuda=device.type == "cuda", batch_size=500,
-                         cache=False, verbose=False, feature_extractor_weights_path=weights,
-                         kid_subset_size=min(1000, n), kid_subsets=100)
-            theirs = timed("torch-fidelity, both sets", lambda: torch_fidelity.calculate_metrics(
-                input1=Images(images), input2=Images(others), **flags))
-            for key, name in (("fd", "frechet_inception_distance"), ("kid", "kernel_inception_distance_mean"),
-                              ("isc", "inception_score_mean")):
-                rows.append([f"{key}: ours {ours[key]:.8g}, torch-fidelity {theirs[name]:.8g}", ""])
-    print(common.table([f"{common.machine(device)}, random weights", "seconds"], rows))
+        torch.save(inception_weights(), weights)
+        peer = torch_fidelity and FeatureExtractorInceptionV3(
+            "peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights).to(device)
+        for precision in ("tf32", "ieee"):
+            common.SCORE_PRECISION = torch.backends.cudnn.conv.fp32_precision = precision
+            features = common.load_features(weights, device)
+            found, logits = timed(f"network, {precision}",
+                                  lambda: common.extract(features, images, device), n,
+                                  warm=lambda: common.extract(features, some, device))
+            for batch in (64, 500) if peer else ():
+                timed(f"torch-fidelity's, {precision}, batch {batch}", lambda: [
+                    [out.cpu() for out in peer(part.to(device))] for part in some.split(batch)], len(some))
+            x, _ = common.extract(features, others, device)
+            mean, root = common.gaussian_fit(x, device)
+            reference = dict(features=x, mean=mean, root=root, name="others")
+            ours = timed(f"score() without bootstrap, {precision}, statistics kept",
+                         lambda: common.score(images, reference, features, device, resamplings=0), n,
+                         warm=lambda: common.score(some, reference, features, device, resamplings=0))
+            scores.append([precision, ours["fd"], ours["kid"], ours["isc"]])
+            if peer:
+                theirs = timed(f"torch-fidelity, {precision}, both sets, batch 500",
+                               lambda: torch_fidelity.calculate_metrics(
+                                   input1=Images(images), input2=Images(others), isc=True, fid=True, kid=True,
+                                   cuda=device.type == "cuda", batch_size=500, cache=False, verbose=False,
+                                   feature_extractor_weights_path=weights, kid_subset_size=min(1000, n)),
+                               n, warm=lambda: None)
+                scores.append([f"torch-fidelity, {precision}", *(theirs[key] for key in (
+                    "frechet_inception_distance", "kernel_inception_distance_mean", "inception_score_mean"))])
+    fit = timed("mean and root of the covariance", lambda: common.gaussian_fit(found, device))
+    timed("FID of two fits", lambda: common.frechet_distance(fit, (mean, root)))
+    timed("KID, 100 subsets of 1,000", lambda: common.kid(found, x, device=device))
+    timed("Inception score", lambda: common.inception_score(logits, device=device))
+    timed("bootstrap of FID, 10 resamplings",
+          lambda: common.bootstrap_frechet_distance(found, (mean, root), device=device))
+    print(f"{', '.join(common.machine(device).values())}, random weights, {n:,} images")
+    print(common.table(["", "seconds", "images/s"], rows))
+    print(common.table(["", "fd", "kid", "isc"], [[name, *(f"{value:.8g}" for value in found)]
+                                                  for name, *found in scores]))
+
+
+def tf32(device, path, data):
+    """Scores of 10,000 training images, disturbed or not, against the test images in both precisions."""
+    train, test = (common.load_images("cifar10", split, data) for split in ("train", "test"))
+    train, rng = train[:10_000], torch.Generator().manual_seed(0)
+    disturbances = ("Gaussian blur", 1), ("Gaussian noise", 0.25), ("salt and pepper", 0.1)
+    sets = {"none": train} | {f"{kind} {alpha}": common.disturb(train, kind, alpha, rng, None)
+                              for kind, alpha in disturbances}
+    with tempfile.TemporaryDirectory() as folder:
+        if path is None:
+            path = f"{folder}/random.pth"
+            torch.save(inception_weights(), path)
+        found = []
+        for common.SCORE_PRECISION in ("ieee", "tf32"):
+            features = common.load_features(path, device)
+            x, _ = common.extract(features, test, device)
+            mean, root = common.gaussian_fit(x, device)
+            reference = dict(features=x, mean=mean, root=root, name="test images")
+            found.append([common.score(images, reference, features, device, resamplings=0)
+                          for images in sets.values()])
+    print(f"{', '.join(common.machine(device).values())}, {features.name}")
+    print(common.table(["disturbance", "fd", "in TF32", "1,000 KID", "in TF32"], [
+        [name, *(f"{scale * row[key]:.7g}" for key, scale in (("fd", 1), ("kid", 1e3)) for row in (a, b))]
+        for name, a, b in zip(sets, *found)]))
 
 
 class Images(torch.utils.data.Dataset):
@@ -140,9 +176,11 @@ def main():
     global WARM, UPDATES
     names, raw = list(cifar.METHODS), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="?", default="methods", choices=["methods", "metrics"],
+    parser.add_argument("what", nargs="?", default="methods", choices=["methods", "metrics", "tf32"],
                         help="(methods)")
     parser.add_argument("--images", type=int, default=50_000, metavar="N", help="of metrics (50,000)")
+    parser.add_argument("--features", metavar="FILE", help="of tf32: a feature network, .pt2 or .pth")
+    parser.add_argument("--data", default="data", metavar="DIR", help="of tf32 (data)")
     parser.add_argument("--method", nargs="+", default=names, choices=names, metavar="NAME", help="(all)")
     parser.add_argument("--side", nargs="+", type=int, default=[6], metavar="K", help="side by side (6)")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
@@ -151,11 +189,14 @@ def main():
     device = common.setup(args.device)
     if args.what == "metrics":
         return metrics(device, args.images)
+    if args.what == "tf32":
+        return tf32(device, args.features, args.data)
     cifar.LOG_EVERY = cifar.GRID_EVERY = cifar.SAVE_EVERY = 10 ** 9
     if device.type == "cpu":
         WARM, UPDATES = 2, 6
     images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8).to(device)
-    print(f"{common.machine(device)}, batch {cifar.BATCH}, milliseconds per update, mean of {UPDATES}")
+    print(f"{', '.join(common.machine(device).values())}, batch {cifar.BATCH}, "
+          f"milliseconds per update, mean of {UPDATES}")
     rows = []
     for method in args.method:
         eager, _ = milliseconds([method], device, images, eager=True)

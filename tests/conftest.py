@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))     # where the scripts are
@@ -31,6 +32,19 @@ class Features(nn.Module):
         features = torch.cat([mean, mean.square()], 1)
         return {"plain": features, "tuple": (features, mean), "image": features[:, :, None, None],
                 "nan": (features - 1).log()}[self.kind]
+
+
+def inception_weights():
+    """Random weights for FID's network, in the keys of pytorch-fid's file, that leave no layer dead."""
+    torch.manual_seed(0)
+    network = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.normal_(0, 0.1), layer.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(layer.weight, 0.5, 1.5), nn.init.normal_(layer.bias, 0, 0.1)
+    return network.state_dict()
 
 
 def export(path, kind="tuple", dynamic=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import common
-from conftest import Features, export, says
+from conftest import Features, export, inception_weights, says
 
 
 def rng(seed=0):
@@ -185,8 +185,9 @@ def test_features_and_scores(tmp_path, monkeypatch):
     scored = common.score(images, reference, features, cpu)
     assert abs(scored["fd"]) < 1e-9 and scored["kid"] < 0 < scored["fd"] + scored["fd_bootstrap"]
     assert (scored["isc"], scored["isc_std"]) == common.inception_score(logits)
-    assert (scored["features"], scored["samples"], scored["reference"]) == ("tuple", 501, 501)
-    assert common.score(images, reference, features, cpu, brief=True) == dict(fd=scored["fd"])
+    assert (scored["features"], scored["samples"]) == ("tuple", 501)
+    assert scored["reference"] == "samples, 501 images"
+    assert "fd_bootstrap" not in common.score(images, reference, features, cpu, resamplings=0)
     plain = str(tmp_path / "features-plain.pt2")
     found = common.score_files(str(tmp_path / "samples.npy"), str(tmp_path / "samples.npy"), plain, "cpu")
     assert found["fd"] == scored["fd"] and "isc" not in found
@@ -204,7 +205,16 @@ def test_reference_statistics_are_computed_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(common, "extract", None)
         again = common.reference_statistics(path, features, cpu)
+    assert first.pop("name") == again.pop("name") == "set-test, 9 images"
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
+    wrong = f"{tmp_path}/set-test-net-{digest}.pt"
+    torch.save({key: value[..., :4] for key, value in first.items()}, wrong)
+    with says(wrong, "found statistics of [4] features, expected 6", "delete it"):
+        common.reference_statistics(path, features, cpu)
+    with open(wrong, "wb") as file:
+        file.write(b"half")
+    with says(wrong, "no whole statistics", "delete it"):
+        common.reference_statistics(path, features, cpu)
     np.save(path, images[:5].numpy())                           # newer than what is kept
     os.utime(path, (time.time() + 5,) * 2)
     assert len(common.reference_statistics(path, features, cpu)["features"]) == 5
@@ -219,9 +229,39 @@ def closed(path):
     raise PermissionError(13, "Permission denied", path)
 
 
+def test_grey_images_are_scored(tmp_path):
+    grey = torch.randint(256, (9, 1, 32, 32), generator=rng(), dtype=torch.uint8)
+    features = export(tmp_path / "net.pt2")
+    for name, channels in (("grey", 1), ("two", 2), ("rgb", 3)):
+        np.save(tmp_path / f"{name}.npy", grey.expand(-1, channels, -1, -1).numpy())
+    a, b = (common.score_files(f"{tmp_path}/{name}.npy", f"{tmp_path}/rgb.npy", features, "cpu")
+            for name in ("grey", "rgb"))
+    assert a == b and abs(a["fd"]) < 1e-12
+    with says("two.npy", "found [9, 2, 32, 32]", "[N, 1, H, W]"):
+        common.read_images(f"{tmp_path}/two.npy")
+    np.save(tmp_path / "small.npy", grey[..., :28].numpy())
+    with says("net.pt2: fails on uint8 [9, 3, 32, 28]"):
+        common.score_files(f"{tmp_path}/small.npy", f"{tmp_path}/rgb.npy", features, "cpu")
+
+
+def test_only_the_published_weights_are_called_fid(tmp_path, monkeypatch):
+    path = str(tmp_path / "pt_inception-2015-12-05-6726825d.pth")
+    weights = inception_weights()
+    torch.save({key: value for key, value in weights.items() if "num_batches" not in key}, path)
+    features = common.load_features(path, torch.device("cpu"))
+    assert features.name != common.FID_NAME and features.width == 2048
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "FID_KEY", features.key)
+        assert common.load_features(path, torch.device("cpu")).name == common.FID_NAME
+    weights.pop("Mixed_7c.branch_pool.conv.weight")
+    torch.save(weights, path)
+    with says(path, "cannot be loaded", "Inception"):
+        common.load_features(path, torch.device("cpu"))
+
+
 def test_fid_inception_that_cannot_be_fetched(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: closed("there"))
-    wanted = "fid_weights/pt_inception-2015.*cannot be fetched.*put it into .*checkpoints"
+    wanted = "fid_weights/pt_inception-2015.*cannot be fetched.*put it there: .*checkpoints/pt_inception.*pth"
     with pytest.raises(OSError, match=wanted):
         common.load_features(None, torch.device("cpu"))
 
@@ -232,7 +272,7 @@ def test_files_that_are_no_feature_network(tmp_path):
         common.load_features(export(tmp_path / "rank.pt2", "image"), cpu)
     with says("nan.pt2", "not finite"):
         common.load_features(export(tmp_path / "nan.pt2", "nan"), cpu)
-    with says("two.pt2", "fails on 3 images"):
+    with says("two.pt2", "fails on uint8 [3, 3, 32, 32]"):
         common.load_features(export(tmp_path / "two.pt2", "plain", dynamic=False), cpu)
     torch.save({"weights": torch.zeros(3)}, tmp_path / "weights.pt2")
     (tmp_path / "text.pt2").write_text("no archive")

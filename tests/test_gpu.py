@@ -5,6 +5,7 @@ import torch
 import cifar
 import common
 import ring2d
+from conftest import inception_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -17,17 +18,30 @@ def small(monkeypatch):
     monkeypatch.setattr(cifar, "SAMPLES", 100)
     monkeypatch.setattr(cifar, "LOG_EVERY", 1)
     monkeypatch.setattr(cifar, "SAVE_EVERY", 3)
+    for name, value in dict(ADAPT_EVERY=1, WINDOW=1, PATIENCE=2, LEVEL=-1.0, CODES=50).items():
+        monkeypatch.setattr(cifar, name, value)         # every test of a rate fails, every second halves it
     torch.manual_seed(0)
 
 
-def images():
-    return torch.randint(256, (500, 3, 32, 32), dtype=torch.uint8, device="cuda")
+def images_of(n):
+    return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, device="cuda")
+
+
+def pixels(images):
+    return images.flatten(1).float() / 255, None
+
+
+pixels.name = "pixels"
 
 
 def run(method, folder, steps=6, seed=0):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1)
-    return cifar.train(method, seed, str(folder), {}, steps, torch.device("cuda"), images())
+    data, scoring = images_of(500), (None, None)
+    if "adaptive" in cifar.METHODS[method]:
+        x, _ = pixels(data)
+        scoring = pixels, dict(zip(("mean", "root"), common.gaussian_fit(x)), features=x.cpu(), name="")
+    return cifar.train(method, seed, str(folder), {}, steps, torch.device("cuda"), data, *scoring)
 
 
 def weights(folder):
@@ -47,6 +61,7 @@ def test_captured_equals_eager_from_the_first_update(method, tmp_path, monkeypat
     a, b = common.read_log(tmp_path / "captured"), common.read_log(tmp_path / "eager")
     assert a["loss_g"][0] == b["loss_g"][0] and len(a["loss_g"]) == 6
     assert same(weights(tmp_path / "captured"), weights(tmp_path / "eager"))
+    assert a["lr_g"].tolist() == b["lr_g"].tolist() or "adaptive" not in cifar.METHODS[method]
 
 
 @pytest.mark.parametrize("method", ["gram", "gan", "mmdgan", "gamn"])
@@ -119,3 +134,31 @@ def test_network_precision():
     error = (a @ a - (a.double() @ a.double())).abs().max() / (a.double() @ a.double()).abs().max()
     assert error < 1e-6
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def test_fid_inception_equals_the_cpu():
+    """cuDNN's convolution, bias and ReLU in one kernel: in full float32, and in TF32 nearly so."""
+    network, images = common.FidInception(inception_weights()), images_of(8)
+    expected = network(images.cpu())
+    network.to("cuda")
+    for precision, tolerance in (("ieee", 1e-5), ("tf32", 1e-2)):
+        torch.backends.cudnn.conv.fp32_precision = precision
+        for found, wanted in zip(network(images), expected):
+            assert float((found.cpu() - wanted).abs().max()) < tolerance * float(wanted.abs().max())
+
+
+def test_scores_equal_the_cpu():
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5_000, 64, generator=rng).relu(), torch.randn(5_000, 64, generator=rng)
+    for score in (lambda *d: common.frechet_distance(*(common.gaussian_fit(s, *d) for s in (x, y))),
+                  lambda *d: common.frechet_distance(*(common.gaussian_fit(s[:50], *d) for s in (x, y))),
+                  lambda *d: common.kid(x, y, 5, 500, 0, *d)[0],
+                  lambda *d: common.inception_score(x, 10, 0, *d)[0]):
+        assert score("cuda") == pytest.approx(score(), rel=1e-9)
+
+
+def test_disturbed_images_stay_on_the_gpu():
+    others = images_of(9).cpu()
+    for kind, levels in common.DISTURBANCES.items():
+        found = common.disturb(images_of(8), kind, levels[-1], torch.Generator("cuda"), others)
+        assert found.is_cuda and found.shape == (8, 3, 32, 32)

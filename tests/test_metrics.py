@@ -4,25 +4,10 @@ import math
 import numpy as np
 import pytest
 import torch
-import torchvision
-from torch import nn
 from torch.nn import functional as F
 
 import common
-
-
-@pytest.fixture(scope="module")
-def state_dict():
-    """Weights for FID's network, in the keys of pytorch-fid's file, that leave no layer dead."""
-    torch.manual_seed(0)
-    network = torchvision.models.Inception3(num_classes=1008, aux_logits=False, init_weights=False)
-    for layer in network.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight)
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_(0, 0.1), layer.running_var.uniform_(0.5, 1.5)
-            nn.init.uniform_(layer.weight, 0.5, 1.5), nn.init.normal_(layer.bias, 0, 0.1)
-    return network.state_dict()
+from conftest import inception_weights
 
 
 def pool(x, kind):
@@ -98,7 +83,8 @@ def by_hand(state, images):
     return e("Mixed_7c", e("Mixed_7b", x, "mean"), "max").mean((2, 3))
 
 
-def test_fid_inception_is_the_references(state_dict):
+def test_fid_inception_is_the_references():
+    state_dict = inception_weights()
     assert len(state_dict) == 566 and sum(t.numel() for t in state_dict.values() if t.ndim) == 23_885_392
     images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     features, logits = common.FidInception(state_dict)(images)
