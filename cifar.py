@@ -36,7 +36,7 @@ AVERAGE = 3                 # samples come from averaged weights of the generato
 ADAPT_EVERY, WINDOW, PATIENCE, DECAY = 2_000, 10, 3, 0.5    # adaptive rates, Demystifying MMD GANs, section 5
 LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6  # mbinkowski/MMD-GAN, gan/utils/scorer.py; Scaled MMD has DECAY 0.8
 SAMPLES = 10_000            # to keep and to score
-RESAMPLINGS = 10            # of the distance's bootstrap, Demystifying MMD GANs, section 5
+BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance's bootstrap, Demystifying MMD GANs, section 5
 LOG_EVERY = 200
 GRID_EVERY = 20_000         # and, with --features, a Frechet distance
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
@@ -158,25 +158,34 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
             values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
             found["condition"] = float((values[:, -1] / values[:, 0]).max())
         if features and (step % GRID_EVERY == 0 or step == steps):
-            scores.update(common.score(sample(SAMPLES), reference, features, device,
-                                       RESAMPLINGS if step == steps else 0))
-            found["fd"] = scores["fd"]
+            rescore(step == steps)
+            found["fd"] = scores.get("fd")
         if adaptive and step % ADAPT_EVERY == 0:
-            found["p"] = adaptive.step(codes(sample(CODES)))
+            found["p"] = adaptive.step(codes(sample(CODES, step)))
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
 
     @torch.no_grad()
-    def sample(n):      # of the same noise always; batch norm by at most 500 at a time (common.batch_norm)
-        z = common.uniform_noise(n, Z, torch.Generator().manual_seed(0)).to(device)
+    def sample(n, noise=0):     # of a seed's noise; batch norm by at most 500 at a time (common.batch_norm)
+        z = common.uniform_noise(n, Z, torch.Generator().manual_seed(noise)).to(device)
         return torch.cat([common.to_bytes(sampler(part)) for part in z.split(500)]).cpu()
+
+    def rescore(last):
+        scores.clear()
+        try:
+            scores.update(common.score(sample(SAMPLES), reference, features, device))
+            if last:
+                more = common.bootstrap_score(sample(BOOTSTRAP), reference, features, device, RESAMPLINGS)
+                scores.update(more)
+        except RuntimeError as error:       # the run goes on, and can be scored later
+            print(f"{folder}: not scored: {error}")
 
     def codes(some):
         return common.extract(features, some, device)[0].to(device)
 
     scores, adaptive = {}, None
     if row.get("adaptive"):
-        adaptive = common.AdaptiveRate([opt_g, opt_f], codes(images[:CODES]),
+        adaptive = common.AdaptiveRate([opt_g, opt_f], codes(images[:CODES]), features.key,
                                        WINDOW, PATIENCE, DECAY, LEVEL, FLOOR)
         state["adaptive"] = adaptive
     step = common.load(folder, state, settings)
@@ -190,7 +199,7 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
         update()
         step += 1
         if step % LOG_EVERY == 0 or step == steps:
-            log.row(step, **readings(step))
+            log.row(step, lambda: readings(step))
         if step % GRID_EVERY == 0 or step == steps:
             common.save_grid(f"{folder}/samples-{step}.png", sample(128))
         if step % SAVE_EVERY == 0 or step == steps:
@@ -201,7 +210,7 @@ def train(method, seed, folder, settings, steps, device, images, features=None, 
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, samples.numpy())
     if features and not scores:         # a run that had been trained before
-        scores = common.score(samples, reference, features, device, RESAMPLINGS)
+        rescore(True)
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds,
                 **common.machine(device), **scores)
 
@@ -248,8 +257,11 @@ def figure_5c(runs, results):
 def figure_bias(images, reference, features, device, data):
     """Demystifying MMD GANs, Figure 1 and appendix D.2."""
     x, y = common.extract(features, images, device)[0], reference["features"]
-    print(f"{features.name}; draws from {len(x):,} training images and from {reference['name']}")
-    return common.bias_figure(x, y, KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES, device)
+    title = f"{features.name}; draws with replacement from {len(x):,} training images, {reference['name']}"
+    print(title)
+    figure = common.bias_figure(x, y, KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES, device)
+    figure.suptitle(title, fontsize=9)
+    return figure
 
 
 def figure_noise(images, reference, features, device, data):
@@ -271,11 +283,13 @@ def report(methods, results):
             row.append(common.spread([scale * result[key] for result in done if key in result], digits))
         rows.append([*row, PAPER.get(method, "-")])
     scored = [result for result in results if isinstance(result, dict) and "features" in result]
-    name, against = (scored[0]["features"], scored[0]["reference"]) if scored else ("not scored", "-")
-    distance = "FID" if name == common.FID_NAME else f"FD, {name}"
-    head = ["method", "updates", "seeds finished", distance, "its bootstrap, biased upward", "1,000 KID",
-            "Inception score", "FID in the paper"]
-    return f"{SAMPLES:,} samples against {against}; mean ± std over seeds\n\n{common.table(head, rows)}"
+    name, against = (scored[0]["features"], scored[0]["reference"]) if scored else ("no features", "nothing")
+    fid = name == common.FID_NAME
+    head = ["method", "updates", "seeds finished", "FID" if fid else "Fréchet distance",
+            f"bootstrap of {BOOTSTRAP:,}, biased upward", "1,000 KID",
+            "Inception score" if fid else "score of its logits", "FID in the paper"]
+    return (f"{name}; {SAMPLES:,} samples against {against}; mean ± std over seeds\n\n"
+            f"{common.table(head, rows)}")
 
 
 def main(argv=None):
@@ -293,12 +307,14 @@ def main(argv=None):
             sys.exit(str(error))
         print(error)
         features = None
-    if not features and any(METHODS[method].get("adaptive") for method in args.method):
+    adaptive = any(METHODS[method].get("adaptive") for method in args.method)
+    if adaptive and not features:
         sys.exit("found no feature network, expected one for a method whose rates adapt to KID; "
                  "name it with --features")
     images, _ = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
-    if len(images) < BATCH:
-        sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {BATCH} or more")
+    least = max(BATCH, CODES if adaptive else 0)
+    if len(images) < least:
+        sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {least:,} or more")
     images = images.to(device)
     reference = features and common.reference_statistics(f"{args.data}/cifar10-test.npy", features, device)
 

@@ -468,13 +468,14 @@ def bootstrap_frechet_distance(x, fit, resamplings=10, seed=0, device=None):
     return float(np.mean(values)), float(np.std(values))
 
 
-def censored_fit(mean, covariance, nodes=16):
-    """gaussian_fit of ReLU(X), X ~ N(mean [D], covariance [D, D]): mean and root, exact, in float64.
+def censored_fit(mean, covariance, nodes=64):
+    """gaussian_fit of ReLU(X), X ~ N(mean [D], covariance [D, D]): mean and root in float64, no sampling.
 
     With a = mean / s, s the standard deviations, and rho the correlations: E ReLU = s (a Phi(a) + phi(a)),
     E ReLU^2 = s^2 ((a^2 + 1) Phi(a) + a phi(a)), and since d^2 cov / d rho^2 = s_i s_j phi_2(a_i, a_j; rho)
     (Price's theorem), cov = s_i s_j (rho Phi(a_i) Phi(a_j) + int_0^rho (rho - u) phi_2(a_i, a_j; u) du), by
-    Gauss and Legendre's `nodes` (Binkowski et al. 2018, appendix D.2, take it from Rosenbaum 1961).
+    Gauss and Legendre's `nodes`, of which |rho| near 1 needs the more (Binkowski et al. 2018, appendix D.2,
+    take it from Rosenbaum 1961).
     """
     s = covariance.diagonal().sqrt()
     a, rho = mean / s, covariance / s.outer(s)
@@ -804,7 +805,7 @@ def load_images(name, split, folder):
 
 
 SCORES = {"fd": 1, "kid": 1, "isc": -1}     # and the sign with which less is better
-DISTURBANCES = {"Gaussian noise": (0, 0.25, 0.5, 0.75), "Gaussian blur": (0, 1, 2, 4),     # TTUR's levels
+DISTURBANCES = {"Gaussian noise": (0, 0.25, 0.5, 0.75), "Gaussian blur": (0, 1, 2, 4),     # as in TTUR's code
                 "black rectangles": (0, 0.25, 0.5, 0.75), "swirl": (0, 1, 2, 4),
                 "salt and pepper": (0, 0.1, 0.2, 0.3), "contamination": (0, 0.25, 0.5, 0.75, 1)}
 
@@ -812,7 +813,8 @@ DISTURBANCES = {"Gaussian noise": (0, 0.25, 0.5, 0.75), "Gaussian blur": (0, 1, 
 def disturb(images, kind, alpha, rng, others):
     """uint8 images [N, C, H, W] with a disturbance of DISTURBANCES at level alpha; rng on their device.
 
-    Binkowski et al. 2018, appendix E, as Heusel et al. 2017, appendix A1, have them: alpha is the weight of
+    Binkowski et al. 2018, appendix E, as Heusel et al. 2017, appendix A1, have them (bioinf-jku/TTUR,
+    FIDvsINC/fidutils.py, turns swirls either way and leaves a border of 3 pixels): alpha is the weight of
     noise over [0, 255]; a Gaussian filter's std in pixels; the side of five black rectangles over the
     image's; the strength of a swirl about the centre of extent 25 pixels; the share of pixels that turn black
     or white; the share of images replaced by others [M, C, H, W].
@@ -822,9 +824,10 @@ def disturb(images, kind, alpha, rng, others):
     def uniform(*shape):
         return torch.rand(shape, generator=rng, device=images.device)
 
-    if kind == "Gaussian noise":        # scaled so that three standard deviations reach black and white
-        noise = torch.randn(images.shape, generator=rng, device=images.device) / 3
-        return ((1 - alpha) * images + alpha * to_bytes(noise)).round().byte()
+    if kind == "Gaussian noise":        # its extremes, over all images, become black and white
+        noise = torch.randn(images.shape, generator=rng, device=images.device)
+        low, high = noise.aminmax()
+        return ((1 - alpha) * images + alpha * 255 * (noise - low) / (high - low)).round().byte()
     if kind == "Gaussian blur":
         blur = torchvision.transforms.functional.gaussian_blur
         return blur(images, 8 * alpha + 1, alpha) if alpha else images
@@ -872,20 +875,29 @@ def read_array(path, shape=(3, None, None)):
     return torch.from_numpy(array)
 
 
+def image_files(path):
+    """The files of a path's images: itself, or a folder's .png and .jpg files; exits if it is not there."""
+    if not os.path.exists(path):
+        sys.exit(f"{path}: not there; expected an .npy file or a folder of .png and .jpg files")
+    suffixes = (".png", ".jpg", ".jpeg")
+    inside = (name for name in glob.glob(f"{glob.escape(path)}/*") if name.lower().endswith(suffixes))
+    return sorted(inside) if os.path.isdir(path) else [path]
+
+
 def read_images(path):
     """Images to score as a uint8 tensor [N, C, H, W], C 1 or 3.
 
     path: an .npy file of such an array, or a folder of .png and .jpg files of one size; exits with a message
     if neither.
     """
+    files = image_files(path)
     if not os.path.isdir(path):
         images = read_array(path, (None, None, None))
         if images.shape[1] not in (1, 3):
             sys.exit(f"{path}: found {list(images.shape)}, expected [N, 1, H, W] or [N, 3, H, W]")
         return images
-    names = sorted(n for n in glob.glob(f"{path}/*") if n.lower().endswith((".png", ".jpg", ".jpeg")))
     images = []
-    for name in names:
+    for name in files:
         try:
             images.append(pil_to_tensor(torchvision.datasets.folder.default_loader(name)))
         except OSError as error:
@@ -999,7 +1011,7 @@ def load_features(path, device):
     that returns features, or a tuple of features and logits. The attribute `width` is D, `name` what its
     scores are called by (FID_NAME for the published weights and no others), `key` the start of its file's
     SHA-256. Raises OSError if FidInception cannot be fetched, and exits with a message if the file holds no
-    such network.
+    such network; the function raises RuntimeError where the network fails.
     """
     file = path or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION)}"
     wanted = ("expected weights of FID's Inception network (.pth) or a torch.export file (.pt2) of a network "
@@ -1016,6 +1028,9 @@ def load_features(path, device):
     except Exception as error:                      # whatever its reader stumbles over
         if path:
             sys.exit(f"{path}: cannot be loaded ({first_line(error)}); {wanted}")
+        if os.path.exists(file):
+            raise OSError(f"{file}: cannot be loaded ({first_line(error)}); delete it to have it fetched "
+                          "anew, or name another network with --features FILE") from error
         raise OSError(f"{INCEPTION}: cannot be fetched ({first_line(error)}); put it there: {file}, or name "
                       "it, or another network, with --features FILE") from error
     finally:
@@ -1029,18 +1044,22 @@ def load_features(path, device):
         try:
             out = network(images)
         except Exception as error:
-            sys.exit(f"{file}: fails on uint8 {list(images.shape)} ({first_line(error)}); {wanted}")
+            raise RuntimeError(f"{file}: fails on uint8 {list(images.shape)} ({first_line(error)}); {wanted}")
         finally:
             conv.fp32_precision = before
         return (out, None) if torch.is_tensor(out) else (*out, None)[:2]
 
     for n in (2, 3):            # a network exported without a dynamic batch takes one of them only
         images = torch.arange(n * 3072, dtype=torch.int32).byte().view(n, 3, 32, 32)
-        found, _ = features(images.to(device))
-        finite = bool(found.isfinite().all())
-        if found.ndim != 2 or len(found) != n or not finite:
-            sys.exit(f"{file}: features of {n} images have the shape {list(found.shape)} and are "
-                     f"{'' if finite else 'not '}finite; {wanted}")
+        try:
+            found, _ = features(images.to(device))
+        except RuntimeError as error:
+            sys.exit(str(error))
+        if not torch.is_tensor(found) or found.ndim != 2 or len(found) != n:
+            shape = list(found.shape) if torch.is_tensor(found) else type(found).__name__
+            sys.exit(f"{file}: found features {shape} of {n} images; {wanted}")
+        if not found.isfinite().all():
+            sys.exit(f"{file}: features of {n} images are not finite; {wanted}")
     with open(file, "rb") as weights:
         features.key = hashlib.sha256(weights.read()).hexdigest()[:8]
     stem = os.path.splitext(os.path.basename(file))[0].removeprefix("features-")
@@ -1064,12 +1083,15 @@ def reference_statistics(path, features, device):
     """What scoring against a path's images needs: features [M, D], gaussian_fit's mean and root, and a name.
 
     path: as read_images takes it. The dict is computed once and kept beside the images, in
-    PATH-NETWORK-KEY.pt without the path's suffix, for as long as the images are older. Exits with a message
-    if that file holds something else.
+    PATH-NETWORK-KEY.pt, for as long as the images' files and SCORE_PRECISION stay as they are. Exits with a
+    message if that file holds something else, or if the network fails.
     """
-    stem = os.path.splitext(path.rstrip("/"))[0]
-    kept = f"{stem}-{features.name}-{features.key}.pt"
-    if os.path.exists(kept) and os.path.getmtime(kept) > os.path.getmtime(path):
+    stem = path.rstrip("/").removesuffix(".npy")
+    kept, statistics = f"{stem}-{features.name}-{features.key}.pt", None
+    files = [(os.path.basename(name), os.path.getsize(name), os.stat(name).st_mtime_ns)
+             for name in image_files(path)]
+    source = hashlib.sha256(json.dumps([SCORE_PRECISION, files]).encode()).hexdigest()
+    if os.path.exists(kept):
         try:
             statistics = torch.load(kept, map_location="cpu", weights_only=True, mmap=True)
             widths = {statistics[key].shape[-1] for key in ("features", "mean", "root")}
@@ -1078,11 +1100,14 @@ def reference_statistics(path, features, device):
         if widths != {features.width}:
             sys.exit(f"{kept}: found statistics of {sorted(widths)} features, expected {features.width}; "
                      "delete it to have it built anew")
-    else:
+    if statistics is None or statistics.get("source") != source:
         print(f"{kept}: built once, from the features of {path}", flush=True)
-        found, _ = extract(features, read_images(path), device)
+        try:
+            found, _ = extract(features, read_images(path), device)
+        except RuntimeError as error:
+            sys.exit(str(error))
         mean, root = gaussian_fit(found, device)
-        statistics = dict(features=found, mean=mean.cpu(), root=root.cpu())
+        statistics = dict(features=found, mean=mean.cpu(), root=root.cpu(), source=source)
         try:
             with replacing(kept) as file:
                 torch.save(statistics, file)
@@ -1092,13 +1117,12 @@ def reference_statistics(path, features, device):
                 name=f"{os.path.basename(stem)}, {len(statistics['features']):,} images")
 
 
-def score(images, reference, features, device, resamplings=10):
+def score(images, reference, features, device):
     """Scores of uint8 images [N, C, H, W] against reference_statistics, as a dict.
 
     fd: Frechet distance, FID if the network is FID's. kid, kid_std: KID, its std over subsets. isc, isc_std:
-    Inception score, its std over splits, where the network has logits. fd_bootstrap, fd_bootstrap_std:
-    bootstrap_frechet_distance, if there are resamplings. features: the network's name. samples: N. reference:
-    its name and size.
+    Inception score, its std over splits, where the network has logits. features: the network's name. samples:
+    N. reference: its name and size. RuntimeError where the network fails.
     """
     found, logits = extract(features, images, device)
     fit = reference["mean"], reference["root"]
@@ -1106,10 +1130,19 @@ def score(images, reference, features, device, resamplings=10):
     scores["kid"], scores["kid_std"] = kid(found, reference["features"], device=device)
     if logits is not None:
         scores["isc"], scores["isc_std"] = inception_score(logits, device=device)
-    if resamplings:
-        scores["fd_bootstrap"], scores["fd_bootstrap_std"] = bootstrap_frechet_distance(
-            found, fit, resamplings, device=device)
     return dict(scores, features=features.name, samples=len(found), reference=reference["name"])
+
+
+def bootstrap_score(images, reference, features, device, resamplings=10):
+    """bootstrap_frechet_distance of uint8 images [N, C, H, W] to reference_statistics, as a dict.
+
+    fd_bootstrap, fd_bootstrap_std: mean and std over the resamplings. bootstrap_samples: N. RuntimeError
+    where the network fails.
+    """
+    found, _ = extract(features, images, device)
+    mean, std = bootstrap_frechet_distance(found, (reference["mean"], reference["root"]), resamplings,
+                                           device=device)
+    return dict(fd_bootstrap=mean, fd_bootstrap_std=std, bootstrap_samples=len(found))
 
 
 def score_files(images, reference, features=None, device=None):
@@ -1117,9 +1150,9 @@ def score_files(images, reference, features=None, device=None):
     device = setup(device)
     try:
         network = load_features(features, device)
-    except OSError as error:
+        return score(read_images(images), reference_statistics(reference, network, device), network, device)
+    except (OSError, RuntimeError) as error:
         sys.exit(str(error))
-    return score(read_images(images), reference_statistics(reference, network, device), network, device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1178,24 +1211,29 @@ def rate(network, lr):
 class AdaptiveRate:
     """Learning rates that fall when a model gets no nearer to the data (Binkowski et al. 2018, section 4.1).
 
-    x: features [m, D] of training images. step(y), with those of as many samples, is one evaluation: it puts
-    y to the test against the model of `window` evaluations before and returns the p-value, None without such
-    a model. p > level is a failure; `patience` of them in a row multiply all rates of the optimizers by
-    decay, but not below floor. As in mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on
-    by one evaluation, a failure leaves the old model where it is, and a cut keeps the last `patience` models
-    of the window, so that the next test comes when it is full again. Of each model row sums are kept and no
-    features (similarity).
+    x: features [m, D] of training images; key: which network's, a checkpoint of another is refused. step(y),
+    with those of as many samples, is one evaluation: it puts y to the test against the model of `window`
+    evaluations before and returns the p-value, None without such a model. p > level is a failure; `patience`
+    of them in a row multiply all rates of the optimizers by decay, but not below floor. As in
+    mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on by one evaluation, a failure leaves
+    the old model where it is, and a cut keeps the last `patience` models, the present one among them, so that
+    the next test comes when the window is full again. Samples of different models must be independent. Of
+    each model row sums are kept and no features (similarity).
     """
 
-    def __init__(self, optimizers, x, window, patience, decay, level, floor):
-        self.optimizers, self.x, self.window, self.patience = optimizers, x.double(), window, patience
+    def __init__(self, optimizers, x, key, window, patience, decay, level, floor):
+        self.optimizers, self.x, self.key = optimizers, x.double(), key
+        self.window, self.patience = window, patience
         self.decay, self.level, self.floor = decay, level, floor
         self.models, self.failures = [], 0
 
     def state_dict(self):
-        return {"models": self.models, "failures": self.failures}
+        return {"models": self.models, "failures": self.failures, "key": self.key}
 
     def load_state_dict(self, kept):
+        if kept["key"] != self.key:
+            sys.exit(f"found a checkpoint whose rates adapt to the features of network {kept['key']}, expected "
+                     f"{self.key}; name that one with --features, or start anew without --resume")
         self.models = [tuple(part.to(self.x.device) for part in model) for model in kept["models"]]
         self.failures = kept["failures"]
 
@@ -1210,7 +1248,7 @@ class AdaptiveRate:
         if not self.failures:
             self.models = [*self.models[1:], now]
         if self.failures == self.patience:
-            self.models, self.failures = self.models[-self.patience:], 0
+            self.models, self.failures = [*self.models, now][-self.patience:], 0
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 lr = max(float(group["lr"]) * self.decay, self.floor)
                 group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
@@ -1429,7 +1467,7 @@ class Log:
     columns: names of the scalars that add() takes; steps: updates of the run in all, for the time left. They
     are summed on the device, inside the captured update, so a row costs one synchronisation. A row of the
     terminal has the means since the last one there, over as many rows of the file as there were. readings:
-    names of what is not a mean, but read off when row() is called and given to it.
+    names of what is not a mean, but read off when a row is written.
     """
 
     def __init__(self, folder, columns, steps, device, readings=()):
@@ -1468,8 +1506,9 @@ class Log:
         self.given = [value is not None for value in values]
         self.sums += torch.stack([scalar(v).detach() for v in values] + [self.one])
 
-    def row(self, step, shown=True, **readings):
-        """Write the means since the last row, and the readings; FloatingPointError if one is infinite."""
+    def row(self, step, readings=dict, shown=True):
+        """Write the means since the last row, and what readings() gives; FloatingPointError before that if a
+        mean is not finite."""
         sums, now = np.array(self.sums.tolist()), time.perf_counter()
         self.sums.zero_()
         self.unshown += sums
@@ -1478,7 +1517,8 @@ class Log:
         for name, mean in zip(self.columns, means):
             if mean is not None and not math.isfinite(mean):
                 raise FloatingPointError(f"diverged at update {step:,}: {name} is {mean}")
-        readings = [readings.get(name) for name in self.readings]
+        found = readings()
+        readings = [found.get(name) for name in self.readings]
         with open(self.path, "a") as file:
             values = ["" if value is None else repr(value) for value in [*means, *readings]]
             file.write(",".join([str(step), *values, f"{self.seconds:.2f}"]) + "\n")
@@ -1544,7 +1584,8 @@ def flags(doc, methods, default, steps, images):
     if images:
         add("--data", type=folder, default="data", metavar="DIR", help="folder of the arrays (default data)")
         add("--features", metavar="FILE", help="network to score with: a torch.export file (.pt2) from uint8 "
-                                               "[N, 3, H, W] to features [N, D]")
+                                               "[N, 3, H, W] to features [N, D], or a copy (.pth) of the "
+                                               "weights of FID's Inception network (fetched)")
     return parser
 
 
@@ -1677,9 +1718,9 @@ def bias_figure(x, y, kid_n, fid_n, dimension, m, estimates, device):
         values = np.array([[estimate(n) for _ in range(estimates)] for n in sizes])
         line = axes.errorbar(sizes, values.mean(1), values.std(1), marker=".", capsize=2, label=name)[0]
         axes.axhline(truth, color=line.get_color(), linestyle=":", linewidth=1)
-        axes.set_xlabel("number of points")
+        axes.set_xlabel("number of points; dotted: from infinitely many")
         axes.legend(fontsize=8)
-        print(f"{name}, {estimates} estimates, true value {truth:.1f}")
+        print(f"{name}, {estimates} estimates; dotted: {truth:.1f}")
         for n, row in zip(sizes, values):
             print(f"{n:>9,}{row.mean():>12.5g} ± {row.std():.2g}", flush=True)
 
@@ -1705,21 +1746,22 @@ def noise_figure(images, others, reference, features, device):
     """Scores of images under DISTURBANCES, each scaled to [0, 1] (Binkowski et al. 2018, appendix E)."""
     rng = torch.Generator(images.device).manual_seed(0)
     figure = Figure(figsize=(11, 6), layout="constrained")
-    print(f"{features.name}; {len(images):,} images against {reference['name']}")
-    clean = score(images, reference, features, device, resamplings=0)
+    figure.suptitle(f"{features.name}; {len(images):,} images against {reference['name']}", fontsize=9)
+    print(figure.get_suptitle())
+    clean = score(images, reference, features, device)
     for axes, (kind, levels) in zip(figure.subplots(2, 3).flat, DISTURBANCES.items()):
         found = []
         for alpha in levels:
-            scores = score(disturb(images, kind, alpha, rng, others), reference, features, device,
-                           resamplings=0) if alpha else clean
+            disturbed = disturb(images, kind, alpha, rng, others)
+            scores = score(disturbed, reference, features, device) if alpha else clean
             shown = (f"{key} {scores[key]:<10.5g}" for key in SCORES if key in scores)
             print(f"{kind:<20}{alpha:<6}", *shown, flush=True)
             found.append(scores)
-        for key, sign in SCORES.items():
-            values = sign * np.array([scores.get(key, np.nan) for scores in found])
+        for key, sign in ((key, sign) for key, sign in SCORES.items() if key in clean):
+            values = sign * np.array([scores[key] for scores in found])
             low, high = values.min(), values.max()
             axes.plot(levels, (values - low) / (high - low), marker=".",
-                      label=f"{key}: {low:.4g} to {high:.4g}")
+                      label=f"{'-' if sign < 0 else ''}{key}: {low:.4g} to {high:.4g}")
         axes.set_title(kind, fontsize=9)
         axes.legend(fontsize=7)
     return figure

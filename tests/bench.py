@@ -109,9 +109,9 @@ def metrics(device, n):
             x, _ = common.extract(features, others, device)
             mean, root = common.gaussian_fit(x, device)
             reference = dict(features=x, mean=mean, root=root, name="others")
-            ours = timed(f"score() without bootstrap, {precision}, statistics kept",
-                         lambda: common.score(images, reference, features, device, resamplings=0), n,
-                         warm=lambda: common.score(some, reference, features, device, resamplings=0))
+            ours = timed(f"score(), {precision}, statistics kept",
+                         lambda: common.score(images, reference, features, device), n,
+                         warm=lambda: common.score(some, reference, features, device))
             scores.append([precision, ours["fd"], ours["kid"], ours["isc"]])
             if peer:
                 theirs = timed(f"torch-fidelity, {precision}, both sets, batch 500",
@@ -151,7 +151,7 @@ def tf32(device, path, data):
             x, _ = common.extract(features, test, device)
             mean, root = common.gaussian_fit(x, device)
             reference = dict(features=x, mean=mean, root=root, name="test images")
-            found.append([common.score(images, reference, features, device, resamplings=0)
+            found.append([common.score(images, reference, features, device)
                           for images in sets.values()])
     print(f"{', '.join(common.machine(device).values())}, {features.name}")
     print(common.table(["disturbance", "fd", "in TF32", "1,000 KID", "in TF32"], [

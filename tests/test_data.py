@@ -164,7 +164,7 @@ def test_folders_of_images(tmp_path):
     (tmp_path / "empty").mkdir()
     with says("found 0 .png and .jpg files"):
         common.read_images(str(tmp_path / "empty"))
-    with says("no whole .npy file"):
+    with says("nothing.npy: not there"):
         common.read_images(str(tmp_path / "nothing.npy"))
 
 
@@ -183,11 +183,12 @@ def test_features_and_scores(tmp_path, monkeypatch):
         assert logits is None if kind == "plain" else torch.allclose(logits, found[:, :3])
     reference = common.reference_statistics(str(tmp_path / "samples.npy"), features, cpu)
     scored = common.score(images, reference, features, cpu)
+    scored |= common.bootstrap_score(images, reference, features, cpu)
     assert abs(scored["fd"]) < 1e-9 and scored["kid"] < 0 < scored["fd"] + scored["fd_bootstrap"]
     assert (scored["isc"], scored["isc_std"]) == common.inception_score(logits)
     assert (scored["features"], scored["samples"]) == ("tuple", 501)
     assert scored["reference"] == "samples, 501 images"
-    assert "fd_bootstrap" not in common.score(images, reference, features, cpu, resamplings=0)
+    assert scored["bootstrap_samples"] == 501
     plain = str(tmp_path / "features-plain.pt2")
     found = common.score_files(str(tmp_path / "samples.npy"), str(tmp_path / "samples.npy"), plain, "cpu")
     assert found["fd"] == scored["fd"] and "isc" not in found
@@ -206,6 +207,7 @@ def test_reference_statistics_are_computed_once(tmp_path, monkeypatch):
         patch.setattr(common, "extract", None)
         again = common.reference_statistics(path, features, cpu)
     assert first.pop("name") == again.pop("name") == "set-test, 9 images"
+    assert first.pop("source") == again.pop("source")
     assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
     wrong = f"{tmp_path}/set-test-net-{digest}.pt"
     torch.save({key: value[..., :4] for key, value in first.items()}, wrong)
@@ -215,9 +217,23 @@ def test_reference_statistics_are_computed_once(tmp_path, monkeypatch):
         file.write(b"half")
     with says(wrong, "no whole statistics", "delete it"):
         common.reference_statistics(path, features, cpu)
-    np.save(path, images[:5].numpy())                           # newer than what is kept
-    os.utime(path, (time.time() + 5,) * 2)
-    assert len(common.reference_statistics(path, features, cpu)["features"]) == 5
+    os.remove(wrong)
+    for n, age in ((5, 1000), (4, 0)):                          # another file, older or newer
+        common.reference_statistics(path, features, cpu)
+        np.save(path, images[:n].numpy())
+        os.utime(path, (time.time() - age,) * 2)
+        assert len(common.reference_statistics(path, features, cpu)["features"]) == n
+    monkeypatch.setattr(common, "SCORE_PRECISION", "tf32")      # another precision
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(common, "extract", None)
+        common.reference_statistics(path, features, cpu)
+    for folder, n in (("a.train[1]", 3), ("a.test", 2)):        # folders whose names have a point
+        os.mkdir(tmp_path / folder)
+        for i in range(n):
+            common.save_grid(f"{tmp_path}/{folder}/{i}.png", images[i:i + 1], 1)
+        assert len(common.reference_statistics(f"{tmp_path}/{folder}/", features, cpu)["features"]) == n
+    with says("nothing: not there", "a folder"):
+        common.reference_statistics(f"{tmp_path}/nothing", features, cpu)
     path = str(tmp_path / "closed" / "set.npy")
     os.mkdir(tmp_path / "closed")
     np.save(path, images.numpy())
@@ -240,7 +256,7 @@ def test_grey_images_are_scored(tmp_path):
     with says("two.npy", "found [9, 2, 32, 32]", "[N, 1, H, W]"):
         common.read_images(f"{tmp_path}/two.npy")
     np.save(tmp_path / "small.npy", grey[..., :28].numpy())
-    with says("net.pt2: fails on uint8 [9, 3, 32, 28]"):
+    with says("net.pt2: fails on uint8 [9, 3, 32, 28]", "[N, D]"):
         common.score_files(f"{tmp_path}/small.npy", f"{tmp_path}/rgb.npy", features, "cpu")
 
 
@@ -259,10 +275,15 @@ def test_only_the_published_weights_are_called_fid(tmp_path, monkeypatch):
         common.load_features(path, torch.device("cpu"))
 
 
-def test_fid_inception_that_cannot_be_fetched(monkeypatch):
+def test_fid_inception_that_cannot_be_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: closed("there"))
     wanted = "fid_weights/pt_inception-2015.*cannot be fetched.*put it there: .*checkpoints/pt_inception.*pth"
     with pytest.raises(OSError, match=wanted):
+        common.load_features(None, torch.device("cpu"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / os.path.basename(common.INCEPTION)).write_bytes(b"half")
+    with pytest.raises(OSError, match="checkpoints/pt_inception.*cannot be loaded.*delete it"):
         common.load_features(None, torch.device("cpu"))
 
 
@@ -276,6 +297,8 @@ def test_files_that_are_no_feature_network(tmp_path):
         common.load_features(export(tmp_path / "two.pt2", "plain", dynamic=False), cpu)
     torch.save({"weights": torch.zeros(3)}, tmp_path / "weights.pt2")
     (tmp_path / "text.pt2").write_text("no archive")
+    with says("dict.pt2", "found features", "[N, D]"):
+        common.load_features(export(tmp_path / "dict.pt2", "dict"), cpu)
     for name in ("weights.pt2", "text.pt2", "missing.pt2"):
         with says(name, "cannot be loaded", "torch.export file"):
             common.load_features(str(tmp_path / name), cpu)

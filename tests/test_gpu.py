@@ -31,7 +31,7 @@ def pixels(images):
     return images.flatten(1).float() / 255, None
 
 
-pixels.name = "pixels"
+pixels.name, pixels.key = "pixels", "0"
 
 
 def run(method, folder, steps=6, seed=0):
@@ -90,10 +90,11 @@ def test_side_by_side_equals_alone(tmp_path):
     assert not same(weights(tmp_path / "side0"), weights(tmp_path / "side1"))
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
-    common.interleave([run("gram", tmp_path / "whole", 6)])
-    common.interleave([run("gram", tmp_path / "parts", 3)])
-    common.interleave([run("gram", tmp_path / "parts", 6)])
+@pytest.mark.parametrize("method", ["gram", "gram-adaptive"])
+def test_resumed_equals_uninterrupted(method, tmp_path):
+    common.interleave([run(method, tmp_path / "whole", 6)])
+    common.interleave([run(method, tmp_path / "parts", 3)])
+    common.interleave([run(method, tmp_path / "parts", 6)])
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 

@@ -140,7 +140,8 @@ def test_wasserstein_estimates_are_biased():
     x, y, x_new, y_new = normal[0] + 1, normal[1], normal[2] + 1, normal[3]
     sign = common.wasserstein(x, y).sign()[:, None, None]
     expected = 1 - math.erfc(0.5)
-    assert float(common.wasserstein(sign * x, sign * y).mean()) > 1.2
+    biased = 2 * math.exp(-0.25) / math.sqrt(math.pi) + math.erf(0.5)      # E |N(1, 2)| = 1.399
+    assert float(common.wasserstein(sign * x, sign * y).mean()) == pytest.approx(biased, abs=0.02)
     assert float(common.wasserstein(sign * x_new, sign * y_new).mean()) == pytest.approx(expected, abs=0.03)
     assert expected == pytest.approx(0.52, abs=0.001)
 
@@ -151,7 +152,13 @@ def test_censored_normal_against_samples():
     mean, covariance = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64), A @ A.T + 0.1 * torch.eye(3)
     noise = torch.randn(1_000_000, 3, generator=rng, dtype=torch.float64)
     x = noise @ torch.linalg.cholesky(covariance).T + mean
-    found, root = common.censored_fit(mean, covariance, nodes=64)
+    found, root = common.censored_fit(mean, covariance)
+    s = covariance.diagonal().sqrt()
+    grid = torch.linspace(0, 12, 200_001, dtype=torch.float64)[:, None] * s     # each alone, by quadrature
+    density = torch.exp(-((grid - mean) / s).square() / 2) / (s * math.sqrt(2 * math.pi))
+    first, second = (torch.trapezoid(grid ** k * density / s, dx=12 / 200_000, dim=0) * s * s for k in (1, 2))
+    assert torch.allclose(found, first, rtol=1e-8) and torch.allclose(
+        (root.T @ root).diagonal(), second - first.square(), rtol=1e-8)
     assert torch.allclose(found, x.relu().mean(0), atol=0.01)
     assert torch.allclose(root.T @ root, x.relu().T.cov(), atol=0.02)
     one = common.censored_fit(torch.zeros(1).double(), torch.ones(1, 1).double())       # the half of a normal
@@ -166,6 +173,10 @@ def test_bootstrap_is_biased_upward():
     mean, std = common.bootstrap_frechet_distance(x, fit, resamplings=20)
     assert mean > plain + 3 * std / 20 ** 0.5 and std > 0
     assert common.bootstrap_frechet_distance(x, fit, resamplings=20) == (mean, std)
+    rng = torch.Generator().manual_seed(0)
+    drawn = [common.frechet_distance(common.gaussian_fit(x[torch.randint(300, (300,), generator=rng)]), fit)
+             for _ in range(20)]
+    assert mean == pytest.approx(np.mean(drawn)) and std == pytest.approx(np.std(drawn))
 
 
 def test_fits_of_many_parts_and_shifts():
@@ -193,8 +204,10 @@ def test_disturbances():
     changed = (salted != images).any(1, keepdim=True)
     assert float(changed.float().mean()) == pytest.approx(0.3, abs=0.02)
     assert set(salted[changed.expand_as(images)].tolist()) == {0, 255}
+    assert float((salted == 255)[changed.expand_as(images)].float().mean()) == pytest.approx(0.5, abs=0.03)
     black = (found["black rectangles", 0.25] == 0).all(1)
     assert black.sum((1, 2)).max() <= 5 * 64 and black.sum((1, 2)).min() >= 64      # five of 8 x 8
+    assert float(black.sum((1, 2)).float().mean()) == pytest.approx(280, abs=15)    # less what they share
     assert (found["contamination", 0.25] != images).flatten(1).any(1).sum() == 5
     assert (found["contamination", 1][:, None] == others).flatten(2).all(2).any(1).all()
     grey = torch.full((2, 3, 33, 33), 9, dtype=torch.uint8)
@@ -202,8 +215,15 @@ def test_disturbances():
     grey[:, :, 16, 16] = 200                                                        # the centre stays
     swirled = common.disturb(grey, "swirl", 4, rng, others)
     assert (swirled[:, :, 16, 16] == 200).all() and (swirled[:, :, 0, 0] == 9).all()
+    ramp = (7 * torch.arange(33)).byte().expand(1, 3, 33, 33)       # 8 below the centre, at its turned column
+    angle = math.pi / 2 + 4 * math.exp(-8 * 5 / (math.log(2) * 25))
+    turned = common.disturb(ramp, "swirl", 4, rng, others)[..., 24, 16]
+    assert turned.float().mean() == pytest.approx(7 * (16 + 8 * math.cos(angle)), abs=0.51)
     noise = common.disturb(images, "Gaussian noise", 0.75, rng, others).float()
-    assert float(noise.mean()) == pytest.approx(127.5, abs=2)
+    assert float(noise.mean()) == pytest.approx(127.5, abs=8)
+    noise = common.disturb(0 * images, "Gaussian noise", 0.75, rng, others).float()
+    assert noise.min() == 0 and noise.max() == round(0.75 * 255)        # its extremes are black and white
+    assert float(noise.std()) == pytest.approx(0.75 * 255 / 2 / 4.4, rel=0.1)   # which are at 4.4 std here
     with pytest.raises(ValueError, match="found the disturbance 'rain'"):
         common.disturb(images, "rain", 1, rng, others)
 
@@ -254,7 +274,7 @@ def adaptive(lr=0.4):
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)], rate)
                   for rate in (lr, torch.tensor(2.0))]
-    found = common.AdaptiveRate(optimizers, x, window=4, patience=3, decay=0.5, level=0.1, floor=0.15)
+    found = common.AdaptiveRate(optimizers, x, "key", window=4, patience=3, decay=0.5, level=0.1, floor=0.15)
     return found, optimizers
 
 
@@ -276,7 +296,7 @@ def test_rates_fall_after_three_failures_in_a_row():
     models = rate.models
     assert all(rate.step(sample(4, seed)) > 0.1 for seed in (8, 9, 10))
     assert first.param_groups[0]["lr"] == 0.2 and second.param_groups[0]["lr"] is lr and float(lr) == 1
-    assert rate.failures == 0 and len(rate.models) == 3 and rate.models[0] is models[1]
+    assert rate.failures == 0 and len(rate.models) == 3 and rate.models[0] is models[2]
     assert rate.step(sample(4, 11)) is None                                     # the window fills again
     assert all(rate.step(sample(4, seed)) is not None for seed in (12, 13, 14))
     assert (first.param_groups[0]["lr"], float(lr)) == (0.15, 0.5)              # not below the floor

@@ -1,5 +1,6 @@
 """The scripts through their command lines, small: every row, scores, resuming, bad input, bad days."""
 import json
+import math
 import os
 import re
 import shutil
@@ -20,8 +21,8 @@ import ring3d
 from conftest import export, says
 
 ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
-SMALL = dict(BATCH=8, Z=8, GENERATOR=(16, 8, 8), K=8, SAMPLES=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2,
-             BURST=2, BURST_UNTIL=1, CRITIC_STEPS=1)
+SMALL = dict(BATCH=8, Z=8, GENERATOR=(16, 8, 8), K=8, SAMPLES=20, BOOTSTRAP=20, LOG_EVERY=2, GRID_EVERY=4,
+             SAVE_EVERY=2, BURST=2, BURST_UNTIL=1, CRITIC_STEPS=1)
 METHODS = {name: dict(row, critic=row["critic"] and (4, 8, 8)) for name, row in cifar.METHODS.items()}
 PLAIN = [name for name, row in METHODS.items() if "adaptive" not in row]     # need no feature network
 
@@ -231,7 +232,7 @@ def test_scores_and_their_names(capsys):
         assert (result["isc"], result["isc_std"]) == common.inception_score(logits)
         assert result["fd_bootstrap"] == common.bootstrap_frechet_distance(found, fit)[0]
         assert (result["features"], result["samples"], result["reference"]) == ("tiny", 20, against)
-    assert "FD, tiny" in printed and printed.count(f"20 samples against {against}") == 2
+    assert "tiny; 20 samples" in printed and printed.count(f"20 samples against {against}") == 2
     row = next(line for line in printed.splitlines() if line.startswith("| gram "))
     assert "2 of 2" in row and all(common.spread([result[key] for result in results], digits) in row
                                    for key, digits in (("fd", 1), ("fd_bootstrap", 1), ("isc", 2)))
@@ -293,7 +294,7 @@ def test_figures_of_the_scores(monkeypatch, capsys):
         run_cifar("--figure", figure, "--features", features, "--steps", 2)
         assert os.path.getsize(f"runs/cifar-figure{figure}.png") > 10_000
     printed = capsys.readouterr().out
-    assert printed.count("3 estimates, true value") == 4 and "KID of training and test images" in printed
+    assert printed.count("3 estimates; dotted") == 4 and "KID of training and test images" in printed
     assert all(printed.count(kind) == len(levels) for kind, levels in common.DISTURBANCES.items())
     assert os.listdir("runs").count("cifar-gram-s0") == 1       # for the neighbours
 
@@ -304,6 +305,12 @@ def test_rates_that_adapt(monkeypatch, capsys):
     with says("rates adapt to KID", "--features"):
         run_cifar("--method", "gram-adaptive")
     flags = "--method", "gram-adaptive", "--features", export("features-tiny.pt2"), "--steps"
+    seen, step = [], common.AdaptiveRate.step
+    with monkeypatch.context() as patch:
+        patch.setattr(common.AdaptiveRate, "step", lambda self, y: seen.append(y) or step(self, y))
+        patch.setitem(cifar.METHODS["gram-adaptive"], "lr_g", 0.0)      # a generator that stays as it is
+        run_cifar(*flags, 4, "--out", "still")
+    assert len(seen) == 2 and not torch.equal(*seen)        # the noise is new each time
     run_cifar(*flags, 12, "--out", "whole")
     run_cifar(*flags, 8, "--out", "parts")
     run_cifar(*flags, 12, "--out", "parts", "--resume")
@@ -312,6 +319,12 @@ def test_rates_that_adapt(monkeypatch, capsys):
     assert np.isnan(log["p"]).tolist() == [True, True, False, False, False, False]      # updates 2, 4, ...
     lr = METHODS["gram"]["lr_g"]
     assert log["lr_g"].tolist() == pytest.approx([lr, lr, lr, lr / 2, lr / 2, lr / 4])
+    with says("features of network", "found", "expected"):  # row sums of another network
+        export("features-other.pt2", "plain")
+        run_cifar(*flags[:3], "features-other.pt2", "--steps", 14, "--out", "whole", "--resume")
+    with says("found 60 images, expected 61"), monkeypatch.context() as patch:
+        patch.setattr(cifar, "CODES", 61)
+        run_cifar(*flags, 12)
     optimizers = torch.load("whole/cifar-gram-adaptive-s0/checkpoint.pt", weights_only=True)["state"]
     assert optimizers["opt_f"]["param_groups"][0]["lr"] == METHODS["gram"]["lr_f"] / 4
 
@@ -686,6 +699,37 @@ def test_a_run_that_diverges_stops_alone(monkeypatch, capsys):
     monkeypatch.setattr(common, "gan_critic", nan_after(4, common.gan_critic))
     with says("no run finished"):
         run_cifar("--method", "gan", "--steps", 8, "--out", "b")
+
+
+def test_a_diverged_gram_stops_alone(monkeypatch, capsys):
+    """Before its condition number is read off, which a matrix of NaNs has not."""
+    left, whole = iter([1.0] * 4), common.gram
+
+    def broken(*args):
+        scale = next(left, math.nan)
+        return [scale * K for K in whole(*args)]
+
+    monkeypatch.setattr(common, "gram", broken)
+    run_cifar("--method", "gram", "gan", "--steps", 8)
+    assert "runs/cifar-gram-s0: diverged at update 6: loss_f is nan" in capsys.readouterr().out
+    assert kept("runs/cifar-gan-s0")[0] == 8
+
+
+def test_training_survives_a_network_that_fails(monkeypatch, capsys):
+    features = export("features-tiny.pt2")
+    run_cifar("--features", features, "--steps", 2)         # statistics are kept from here on
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "extract", fails)
+        run_cifar("--features", features, "--steps", 6, "--out", "b")
+    assert "b/cifar-gram-s0: not scored: out of memory" in capsys.readouterr().out
+    assert kept("b/cifar-gram-s0")[0] == 6 and os.path.exists("b/cifar-gram-s0/samples.npy")
+    assert "fd" not in json.load(open("b/cifar-gram-s0/result.json"))
+    run_cifar("--features", features, "--steps", 6, "--out", "b", "--resume")
+    assert json.load(open("b/cifar-gram-s0/result.json"))["fd"] > 0
 
 
 def test_bad_input():
