@@ -25,7 +25,8 @@ Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for M
     smmd2, smmd2_section_4                                       Scaled MMD, Proposition 5; section 4
     gradient_constrained_mmd2   exact, and its critic            Scaled MMD, Propositions 3, 4
     sobolev_critic                                               Scaled MMD, appendix B
-    frechet_distance, kid                                        Heusel et al. 2017; Binkowski et al. 2018
+    frechet_distance, kid, inception_score   of features         Heusel et al. 2017; Demystifying MMD GANs
+    similarity, relative_similarity   the three-sample test      Bounliphone et al. 2016
 
 In four sentences. A kernel compares two sets of points through the Gram matrices of all their pairs: the
 squared MMD is the mean of K_xx plus the mean of K_yy minus twice the mean of K_xy, zero if and only if p = q.
@@ -1232,8 +1233,8 @@ class AdaptiveRate:
 
     def load_state_dict(self, kept):
         if kept["key"] != self.key:
-            sys.exit(f"found a checkpoint whose rates adapt to the features of network {kept['key']}, expected "
-                     f"{self.key}; name that one with --features, or start anew without --resume")
+            sys.exit(f"found a checkpoint whose rates adapt to the features of network {kept['key']}, "
+                     f"expected {self.key}; name that one with --features, or start anew without --resume")
         self.models = [tuple(part.to(self.x.device) for part in model) for model in kept["models"]]
         self.failures = kept["failures"]
 
