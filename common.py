@@ -10,6 +10,7 @@ Notation, the same in all files
 Where each equation stands ("GRAM": Generative Ratio Matching Networks, ICLR 2020; "GAMN": Generative
 Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for MMD GANs, NeurIPS 2018)
     gaussian         k(x, y) = exp(-|x - y|^2 / 2 sigma^2)       Li et al. 2017, section 3
+    rational_quadratic, dot, distance   kernels                  Demystifying MMD GANs, eq. 6, 8, section 5
     gram             K_xx, K_xy, K_yy from one evaluation of k   GRAM, Algorithm 1
     mmd2             squared MMD, biased or unbiased             GRAM, eq. 2, 10; Gretton et al. 2012, eq. 3
     mmd              its square root, with a slope at 0          JuliaGRAM 44159b2
@@ -20,9 +21,13 @@ Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for M
     witness          the MMD's best critic                       Gretton et al. 2012, section 2.3
     wasserstein, clip_weights                                    Arjovsky et al. 2017, eq. 2, Algorithm 1
     feasible_set, reconstruction                                 Li et al. 2017, section 3
+    cramer, cramer_witness                                       Demystifying MMD GANs, eq. 10, 9
     gradient_penalty                                             Gulrajani et al. 2017, eq. 3; GAMN, eq. 7
+    activation_penalty   of all the critic's layers              Demystifying MMD GANs, footnote 19
     l1, l2           on norm_weights or on all weights           GAMN, eq. 8, 9
-    smmd2, smmd2_section_4                                       Scaled MMD, Proposition 5; section 4
+    smmd2, smmd2_section_4, swgan                                Scaled MMD, Proposition 5; section 4
+    spectral         W = gamma W / |W|                           Scaled MMD, section 3.2
+    sobolev          the Sobolev GAN's critic                    Mroueh et al. 2018, Algorithm 1
     gradient_constrained_mmd2   exact, and its critic            Scaled MMD, Propositions 3, 4
     sobolev_critic                                               Scaled MMD, appendix B
     frechet_distance, kid, inception_score   of features         Heusel et al. 2017; Demystifying MMD GANs
@@ -88,6 +93,32 @@ def gaussian(x, y, sigma):
     their sum.
     """
     return torch.exp(squared_distances(x, y)[..., None, :, :] * (-0.5 / sigma.square())[:, None, None])
+
+
+def rational_quadratic(x, y, alpha):
+    """Rational quadratic kernels (1 + |x_i - y_j|^2 / 2 alpha)^-alpha, a slice for each alpha.
+
+    x [..., N, D], y [..., M, D], alpha [S]; returns [..., S, N, M]. Each is a mixture of Gaussians of all
+    bandwidths, so that no distance is too long for it (Binkowski et al. 2018, eq. 6).
+    """
+    d_2, alpha = squared_distances(x, y)[..., None, :, :], alpha[:, None, None]
+    return (1 + d_2 / (2 * alpha)) ** -alpha
+
+
+def dot(x, y):
+    """Linear kernel x_i.y_j, [..., N, D] and [..., M, D] to [..., 1, N, M]: its MMD compares means."""
+    return (x @ y.mT).unsqueeze(-3)
+
+
+def distance(x, y):
+    """Distance kernel (|x_i| + |y_j| - |x_i - y_j|) / 2, [..., N, D] and [..., M, D] to [..., 1, N, M].
+
+    Its squared MMD is the energy distance (Binkowski et al. 2018, eq. 7 and 8 with z_0 = 0; mbinkowski/
+    MMD-GAN, gan/core/mmd.py, lacks the half). The slope of |x - y| at x = y is taken as 0.
+    """
+    between = torch.linalg.vector_norm(x[..., :, None, :] - y[..., None, :, :], dim=-1)
+    to_x, to_y = (torch.linalg.vector_norm(t, dim=-1) for t in (x, y))
+    return ((to_x[..., :, None] + to_y[..., None, :] - between) / 2).unsqueeze(-3)
 
 
 def cubic(x, y):
@@ -261,6 +292,28 @@ def wasserstein(f_x, f_y):
     return f_x.mean((-2, -1)) - f_y.mean((-2, -1))
 
 
+def cramer_witness(t, y):
+    """E |t - y| - |t| at points t [..., T, D] for samples y [..., M, D]: [..., T].
+
+    Binkowski et al. 2018, eq. 9. Up to a constant it is -2 E k(t, y) with the distance kernel k.
+    """
+    to_y = torch.linalg.vector_norm(y, dim=-1).mean(-1, keepdim=True)
+    return to_y - 2 * distance(t, y).squeeze(-3).mean(-1)
+
+
+def cramer(h_x, h_y):
+    """What the Cramer GAN's critic maximises, E f(x) - E f(y) with f = cramer_witness: [...].
+
+    h_x [..., N, D] of data, h_y [..., M, D] of samples; no sample is its own y. This is minus eq. 10 of
+    Binkowski et al. 2018, E |y - y'| + E |x| - E |y| - E |x - y|, their account of Bellemare et al. 2017,
+    Algorithm 1. Its generator minimises the energy distance, mmd2 under `distance`.
+    """
+    M = h_y.shape[-2]
+    apart = torch.linalg.vector_norm(h_y[..., :, None, :] - h_y[..., None, :, :], dim=-1).sum((-2, -1))
+    own = apart / (M * (M - 1)) - torch.linalg.vector_norm(h_y, dim=-1).mean(-1)
+    return cramer_witness(h_x, h_y).mean(-1) - own
+
+
 def feasible_set(h_x, h_y):
     """Li et al.'s feasible set reduction, mean over outputs of min(E f(x) - E f(y), 0): [..., N, K] to [...].
 
@@ -312,6 +365,25 @@ def gradient_penalty(s, x, y, a):
     return (torch.linalg.vector_norm(J, dim=(-2, -1)) - 1).square().mean(-1)
 
 
+def layer_outputs(network, x):
+    """The last output of an nn.Sequential, and a list of those of its activations and its last layer."""
+    found = []
+    for layer in network:
+        x = layer(x)
+        if isinstance(layer, (nn.ReLU, nn.LeakyReLU)):
+            found.append(x)
+    return x, [*found, x]
+
+
+def activation_penalty(outputs):
+    """Sum over a critic's layers of the mean square of their outputs, a list of [N, ...]: a scalar.
+
+    Over data and over samples it is added up; it keeps features small where a loss of distances alone does
+    not care (Binkowski et al. 2018, footnote 19; mbinkowski/MMD-GAN, gan/core/model.py).
+    """
+    return sum(h.square().mean() for h in outputs)
+
+
 def norm_weights(network):
     """The parameters of a network's normalisation layers, on which GAMN puts its L1 and L2 penalties."""
     kinds = nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm
@@ -344,6 +416,60 @@ def smmd2(mmd2, J, lam):
 def smmd2_section_4(mmd2, J, coefficient):
     """mmd2 / (1 + coefficient E|grad f(x)|^2): [...], the form of section 4, with 10, which drops k(x, x)."""
     return mmd2 / (1 + coefficient * J.square().sum((-2, -1)).mean(-1))
+
+
+def swgan(f_x, f_y, J, coefficient):
+    """wasserstein(f_x, f_y) / sqrt(1 + coefficient (E f(x)^2 + E|grad f(x)|^2)): [...].
+
+    The scaled MMD with a linear kernel, not squared (Scaled MMD, section 4, with 10, and appendix C). f_x
+    [..., N, 1] and J [..., N, 1, D], values and Jacobians at data; f_y [..., M, 1] values at samples.
+    """
+    squares = f_x.square().sum(-1) + J.square().sum((-2, -1))
+    return wasserstein(f_x, f_y) / (1 + coefficient * squares.mean(-1)).sqrt()
+
+
+def sobolev(f_x, f_y, J, multiplier, rho):
+    """What the Sobolev GAN's critic maximises, and how far E|grad f(x)|^2 is above 1, Omega: ([...], [...]).
+
+    wasserstein - multiplier Omega - rho / 2 Omega^2; the multiplier of the constraint grows by rho Omega at
+    each step (Mroueh et al. 2018, Algorithm 1, with mu = P as in Scaled MMD, section 4; the released code has
+    mu = (P + Q) / 2 and never moves the multiplier). Arguments as in swgan.
+    """
+    omega = J.square().sum((-2, -1)).mean(-1) - 1
+    return wasserstein(f_x, f_y) - multiplier * omega - rho / 2 * omega.square(), omega
+
+
+class Gain(nn.Module):
+    """A weight times a number that is learned, 1 at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(()))
+
+    def forward(self, weight):
+        return self.gamma * weight
+
+
+def spectral(network, learned):
+    """The network with W = gamma W / |W| for the weights of its layers, |W| the largest singular value.
+
+    Convolutions as matrices [out, in kh kw]. gamma is 1, or learned, one a layer (Miyato et al. 2018; Scaled
+    MMD, section 3.2). |W| is followed by one power iteration each time that a weight is used in training:
+    inside of torch.nn.utils.parametrize.cached() that is once.
+    """
+    for layer in list(network.modules()):
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.utils.parametrizations.spectral_norm(layer)
+            if learned:
+                nn.utils.parametrize.register_parametrization(layer, "weight", Gain())
+    return network
+
+
+@torch.no_grad()
+def singular_values(network):
+    """The singular values of each layer's weight, [out, in kh kw] as a matrix (Scaled MMD, Figures 2b, 7)."""
+    return [torch.linalg.svdvals(layer.weight.flatten(1)) for layer in network.modules()
+            if isinstance(layer, (nn.Conv2d, nn.Linear))]
 
 
 def unit_gaussian(x, y):
@@ -419,6 +545,112 @@ def sobolev_critic(p, q, mu, spacing):
     f[1:-1, 1:-1] = torch.linalg.solve(flow, (p - q).flatten()[inner] * spacing ** 2).view(n - 2, n - 2)
     inside = f.flatten()[inner]
     return f / (inside @ flow @ inside).sqrt()      # the integral of mu |grad f|^2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One row, one method: the losses of critic and generator that a row of a script's METHODS puts together
+# ------------------------------------------------------------------------------------------------------------
+
+SLOPED = ("smmd", "swgan", "sobolev")       # distances that need the critic's slope at the data
+
+
+class Game:
+    """The losses of a row's critic and generator, for distances other than GRAM's; a Stack's are [B].
+
+    row["distance"]   the generator minimises             the critic maximises
+    mmd               mmd, biased and not squared         the same
+    mmd2              mmd2, unbiased                      the same
+    wasserstein       wasserstein                         the same
+    smmd, swgan       smmd2_section_4, swgan              the same
+    cramer            mmd2, unbiased                      cramer
+    sobolev           wasserstein                         sobolev
+    gan               gan_generator                       -gan_critic
+
+    Weights in a row, of what the critic holds itself by: penalty (kind, weight), kind gradient, l1, l2 or
+    l2-all; activation; autoencoder; feasible, which the generator has too. scale: the coefficient of smmd and
+    swgan; rho: sobolev's; data_mmd: the generator's loss has the mmd of the points themselves. encode:
+    samples are codes, f and decoder an autoencoder of the data that its own loss trains (GMMN+AE).
+    f, decoder: networks or None; without f the points are the features. kernel: as in gram, or None.
+    multiplier: sobolev's, a tensor of the run's state. rng: for the points of the gradient penalty.
+    """
+
+    def __init__(self, row, f, decoder, kernel, multiplier, rng):
+        self.row, self.f, self.decoder, self.kernel = row, f, decoder, kernel
+        self.multiplier, self.rng, self.kind = multiplier, rng, row["distance"]
+
+    def features(self, x, y):
+        """The critic at data and samples, and its Jacobians at the data, None where they do not count."""
+        if self.f is None or "encode" in self.row:
+            return self.f(x) if self.f else self.points(x), self.points(y), None
+        h_x, J = jacobian(self.f, x) if self.kind in SLOPED else (self.f(x), None)
+        return h_x, self.f(y), J
+
+    @staticmethod
+    def points(x):
+        """Images [N, C, H, W] as points [N, C H W]; points as they are."""
+        return x.flatten(-3) if x.ndim > 3 else x
+
+    def distance(self, h_x, h_y, J=None):
+        if self.kind in ("wasserstein", "sobolev"):
+            return wasserstein(h_x, h_y)
+        if self.kind == "swgan":
+            return swgan(h_x, h_y, J, self.row["scale"])
+        K = gram(self.kernel, h_x, h_y)
+        if self.kind == "mmd":
+            return mmd(*K)
+        squared = mmd2(*K, unbiased=True)
+        return smmd2_section_4(squared, J, self.row["scale"]) if self.kind == "smmd" else squared
+
+    def penalty(self, x, y, h_x, h_y):
+        def best(h):        # the function of a point whose slope is held
+            if self.kind == "cramer":
+                return cramer_witness(h, h_y)
+            return witness(self.kernel, h, h_x, h_y) if self.kind == "mmd2" else h.sum(-1)
+
+        kind, weight = self.row["penalty"]
+        if kind == "gradient":
+            a = torch.rand(h_x.shape[:-1], generator=self.rng, device=x.device)
+            return weight * gradient_penalty(lambda t: best(self.f(t)), x, y, a)
+        norm, weights = {"l1": (l1, norm_weights(self.f)), "l2": (l2, norm_weights(self.f)),
+                         "l2-all": (l2, self.f.parameters())}[kind]
+        return weight / h_x[..., 0, 0].numel() * norm(weights)      # that of all of a Stack, shared out
+
+    def critic(self, x, y):
+        """The critic's loss at data x and samples y, [..., N, *shape] and [..., M, *shape]: [...]."""
+        row, (h_x, h_y, J) = self.row, self.features(x, y)
+        if "encode" in row:
+            return reconstruction(self.points(x), self.points(self.decoder(h_x)))
+        if self.kind == "gan":
+            loss = gan_critic(h_x, h_y)
+        elif self.kind == "cramer":
+            loss = -cramer(h_x, h_y)
+        elif self.kind == "sobolev":
+            objective, omega = sobolev(h_x, h_y, J, self.multiplier.clone(), row["rho"])
+            loss = -objective
+            self.multiplier.add_(row["rho"] * omega.detach())
+        else:
+            loss = -self.distance(h_x, h_y, J)
+        if "penalty" in row:
+            loss = loss + self.penalty(x, y, h_x, h_y)
+        if "activation" in row:
+            loss = loss + row["activation"] * sum(
+                activation_penalty(layer_outputs(self.f, t)[1]) for t in (x, y))
+        if "feasible" in row:
+            loss = loss - row["feasible"] * feasible_set(h_x, h_y)
+        if "autoencoder" in row:
+            loss = loss + row["autoencoder"] * sum(
+                reconstruction(self.points(t), self.points(self.decoder(h))) for t, h in ((x, h_x), (y, h_y)))
+        return loss
+
+    def generator(self, x, y):
+        """The generator's loss at data x and samples y, [...], and their features h_x and h_y."""
+        row, (h_x, h_y, J) = self.row, self.features(x, y)
+        loss = gan_generator(h_y) if self.kind == "gan" else self.distance(h_x, h_y, J)
+        if "feasible" in row:
+            loss = loss + row["feasible"] * feasible_set(h_x, h_y)
+        if "data_mmd" in row:
+            loss = loss + mmd(*gram(self.kernel, self.points(x), self.points(y)))
+        return loss, h_x, h_y
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -617,32 +849,119 @@ def dcgan_init(network):
     return network
 
 
-def dcgan_generator(noise, widths, channels):
-    """DCGAN generator: [N, noise] to images [N, channels, 32, 32] in [-1, 1].
+def layer_norm(channels):
+    """Layer norm of images: over all of an image, with a scale and a shift for each channel."""
+    return nn.GroupNorm(1, channels)
 
-    GRAM, Table 5, with widths (128, 64, 32): a linear layer to 4x4, then transposed convolutions of 4x4 and
-    stride 2, batch norm and ReLU in front of each, tanh behind the last. In front of a batch norm a bias does
-    nothing.
+
+def dcgan_generator(noise, widths, channels, kernel=4, last=nn.Tanh, size=32):
+    """DCGAN generator: [N, noise] to images [N, channels, size, size] in [-1, 1], or [0, 1] by nn.Sigmoid.
+
+    A linear layer to size / 2^n, then n transposed convolutions of stride 2, batch norm and ReLU in front of
+    each. In front of a batch norm a bias does nothing.
+
+    widths                kernel  last     source
+    (128, 64, 32)         4       Tanh     GRAM, Table 5
+    (256, 128, 64)        4       Tanh     Li et al. 2017 (OctoberChang/MMD-GAN, base_module.py)
+    (512, 256, 128)       5       Tanh     GAMN, WGAN: Gulrajani et al. 2017 (igul222, gan_cifar.py)
+    (512, 256, 128, 64)   5       Sigmoid  Binkowski et al. 2018 (mbinkowski/MMD-GAN, architecture.py)
     """
+    start = size // 2 ** len(widths)
+    layers = [nn.Linear(noise, widths[0] * start ** 2), nn.Unflatten(1, (widths[0], start, start))]
+    for i, (a, b) in enumerate(zip(widths, [*widths[1:], channels]), 1):
+        layers += [batch_norm(a), nn.ReLU(inplace=True),
+                   nn.ConvTranspose2d(a, b, kernel, 2, (kernel - 1) // 2, kernel % 2, bias=i == len(widths))]
+    return dcgan_init(nn.Sequential(*layers, last()))
+
+
+def dcgan_critic(channels, widths, out, kernel=4, norms=(batch_norm, batch_norm), size=32):
+    """DCGAN critic: images [N, channels, size, size] to [N, out].
+
+    Convolutions of stride 2, each with a norm and LeakyReLU 0.2, then a linear layer. norms: those behind the
+    first convolutions, the last of them behind all further ones, None for none.
+
+    widths                kernel  norms               source
+    (32, 64, 128)         4       batch, batch        GRAM, Table 6; (32, 32, 64) Table 7
+    (64, 128, 256)        4       None, batch         Li et al. 2017; their last convolution, of all
+                                                      4x4 pixels, is the linear layer
+    (128, 256, 512)       5       None, layer         GAMN; WGAN with batch norm
+    (64, 128, 256, 512)   5       None, None          Binkowski et al. 2018; (16, 32, 64, 128) the small one
+
+    GRAM's paper says that the critic has batch norm, not where; GRAMFlow has none behind the first
+    convolution. With it there the critic cannot see contrast: the class Contrast says what follows.
+    """
+    layers = []
+    for i, (a, b) in enumerate(zip([channels, *widths], widths)):
+        norm = norms[min(i, len(norms) - 1)]
+        layers += [nn.Conv2d(a, b, kernel, 2, (kernel - 1) // 2, bias=norm is None),
+                   *([norm(b)] if norm else []), nn.LeakyReLU(0.2, inplace=True)]
+    pixels = (size // 2 ** len(widths)) ** 2
+    return dcgan_init(nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * pixels, out)))
+
+
+def sngan_generator(noise, channels, width=64):
+    """Generator of SN-GAN: [N, noise] to images [N, channels, 32, 32] in [0, 1].
+
+    A linear layer to 8 width at 4x4, three transposed convolutions of 4x4 and stride 2, batch norm and ReLU
+    in front of all, a convolution of 3x3 (Miyato et al. 2018, Table 3; Scaled-MMD-GAN has 5x5 and sigmoid).
+    """
+    widths = [8 * width, 4 * width, 2 * width, width]
     layers = [nn.Linear(noise, widths[0] * 16), nn.Unflatten(1, (widths[0], 4, 4))]
     for a, b in zip(widths, widths[1:]):
         layers += [batch_norm(a), nn.ReLU(inplace=True), nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False)]
-    layers += [batch_norm(b), nn.ReLU(inplace=True), nn.ConvTranspose2d(b, channels, 4, 2, 1), nn.Tanh()]
+    layers += [batch_norm(width), nn.ReLU(inplace=True), nn.Conv2d(width, channels, 3, 1, 1), nn.Sigmoid()]
     return dcgan_init(nn.Sequential(*layers))
 
 
-def dcgan_critic(channels, widths, out):
-    """DCGAN critic: images [N, channels, 32, 32] to [N, out].
+def sngan_critic(channels, out, width=64):
+    """Critic of SN-GAN: images [N, channels, 32, 32] to [N, out].
 
-    GRAM, Tables 6 and 7, with widths (32, 64, 128) and (32, 32, 64): convolutions of 4x4 and stride 2, each
-    with batch norm and LeakyReLU 0.2, then a linear layer. The paper says that the critic has batch norm, not
-    where; GRAMFlow has none behind the first convolution. With it there the critic cannot see contrast: the
-    class Contrast says what follows.
+    Seven convolutions without norms, 3x3 of stride 1 and 4x4 of stride 2 in turn, widths doubled with each
+    pair, LeakyReLU 0.2, and a linear layer (Scaled MMD, section 4; Miyato et al. 2018, Table 3, have 0.1).
     """
-    layers = []
-    for a, b in zip([channels, *widths], widths):
-        layers += [nn.Conv2d(a, b, 4, 2, 1, bias=False), batch_norm(b), nn.LeakyReLU(0.2, inplace=True)]
-    return dcgan_init(nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * 16, out)))
+    layers, before = [], channels
+    for i, after in enumerate(width * m for m in (1, 2, 2, 4, 4, 8, 8)):
+        shape = (4, 2, 1) if i % 2 else (3, 1, 1)
+        layers += [nn.Conv2d(before, after, *shape), nn.LeakyReLU(0.2, inplace=True)]
+        before = after
+    return dcgan_init(nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * 16, out)))
+
+
+def image_networks(nets, row, channels, size):
+    """Generator, critic and decoder of a row, None for what it has not, from a description of its networks.
+
+    nets: the widths g and f of dcgan_generator and dcgan_critic, with kernel and norms, each none, batch or
+    layer, or the width of SN-GAN's networks, or mlp, the widths of a generator of linear layers; z; unit, if
+    pixels are in [0, 1]; encoder, widths. row: critic, its outputs; spectral, learned or fixed; autoencoder;
+    encode, if the generator makes codes.
+    """
+    shape, z, out = (channels, size, size), nets.get("z", 128), row["critic"]
+    last, kernel = nn.Sigmoid if "unit" in nets else nn.Tanh, nets.get("kernel", 4)
+    if "mlp" in nets:
+        to_image = [last(), nn.Unflatten(1, shape)]
+        if "encode" not in row:
+            return nn.Sequential(mlp(z, *nets["mlp"]), *to_image), None, None
+        f = nn.Sequential(nn.Flatten(), mlp(*nets["encoder"]), nn.Sigmoid())
+        decoder = nn.Sequential(mlp(*reversed(nets["encoder"])), *to_image)
+        return nn.Sequential(mlp(z, *nets["mlp"]), nn.Sigmoid()), f, decoder
+    if "width" in nets:
+        g, f = sngan_generator(z, channels, nets["width"]), sngan_critic(channels, out, nets["width"])
+    else:
+        kinds = dict(none=None, batch=batch_norm, layer=layer_norm)
+        norms = [kinds[name] for name in nets.get("norms", ("batch", "batch"))]
+        g = dcgan_generator(z, nets["g"], channels, kernel, last, size)
+        f = dcgan_critic(channels, nets["f"], out, kernel, norms, size) if out else None
+    if "spectral" in row:
+        spectral(f, row["spectral"] == "learned")
+    decoder = dcgan_generator(out, nets["g"], channels, kernel, last, size) if "autoencoder" in row else None
+    return g, f, decoder
+
+
+class Signed(nn.Module):
+    """Pixels in [0, 1] to [-1, 1]."""
+
+    def forward(self, y):
+        return 2 * y - 1
 
 
 class Average(nn.Module):
@@ -1149,11 +1468,36 @@ def bootstrap_score(images, reference, features, device, resamplings=10):
 def score_files(images, reference, features=None, device=None):
     """score() of paths: images and reference as read_images takes them, features as load_features does."""
     device = setup(device)
+    network, statistics = open_scores(features, reference, device, needed="score_files")
+    try:
+        return score(read_images(images), statistics, network, device)
+    except RuntimeError as error:
+        sys.exit(str(error))
+
+
+@contextmanager
+def scoring(folder):
+    """Scores that fail cost no run: a RuntimeError in this block is printed and forgotten."""
+    try:
+        yield
+    except RuntimeError as error:
+        print(f"{folder}: not scored: {error}")
+
+
+def open_scores(features, reference, device, needed=None):
+    """load_features and reference_statistics, or (None, None) where FID's network cannot be fetched.
+
+    features, reference: paths as they take them. needed: what cannot do without, a name for the message that
+    it exits with. Otherwise it says where the network was looked for: samples can be scored later.
+    """
     try:
         network = load_features(features, device)
-        return score(read_images(images), reference_statistics(reference, network, device), network, device)
-    except (OSError, RuntimeError) as error:
-        sys.exit(str(error))
+    except OSError as error:
+        if needed:
+            sys.exit(f"{needed} needs a feature network. {error}")
+        print(error)
+        return None, None
+    return network, reference_statistics(reference, network, device)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1600,6 +1944,21 @@ def run(main):
         sys.exit(130)
 
 
+def finish(runs, results, command):
+    """Write FOLDER/result.json of each run that has ended well, and say how the others ended.
+
+    runs: of open_runs; results: of interleave, dicts or FloatingPointErrors. Returns the runs that ended
+    well.
+    """
+    for (_, _, folder, _), result in zip(runs, results):
+        if isinstance(result, FloatingPointError):
+            print(f"{folder}: {result}")
+        else:
+            write_json(f"{folder}/result.json", dict(result, command=command))
+            print(f"{folder}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(folder)))}")
+    return [run for run, result in zip(runs, results) if isinstance(result, dict)]
+
+
 def command(script, argv):
     """The command line of a script as a user types it; argv as main() got it."""
     return shlex.join(["python", os.path.basename(script), *(sys.argv[1:] if argv is None else argv)])
@@ -1687,6 +2046,50 @@ def curve_panel(axes, steps, curves):
     axes.tick_params(labelsize=7)
 
 
+def curves_figure(runs, titles):
+    """Columns {name: title} of runs' logs over updates: a panel each, a colour a method, a line a seed."""
+    methods = list(dict.fromkeys(method for method, *_ in runs))
+    figure = Figure(figsize=(11, 3.25 * math.ceil(len(titles) / 2)), layout="constrained")
+    for axes, (column, title) in zip(figure.subplots(math.ceil(len(titles) / 2), 2).flat, titles.items()):
+        for method, _, folder, _ in runs:
+            log = read_log(folder)
+            there = np.isfinite(log[column])
+            if there.any():
+                axes.plot(log["step"][there], log[column][there], color=f"C{methods.index(method)}",
+                          linewidth=1, marker="." if there.sum() < 20 else None, label=method)
+        labels = dict(zip(*reversed(axes.get_legend_handles_labels())))     # one for each method
+        if labels:
+            axes.legend(labels.values(), labels, fontsize=7)
+            axes.set_yscale("log")
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("update", fontsize=8)
+        axes.tick_params(labelsize=7, which="both")
+    return figure
+
+
+def score_table(methods, results, paper):
+    """The scores of runs as text, mean ± std over seeds, beside a paper's {method: text}.
+
+    methods, results: of each run, and what interleave returned for it, with the keys of score().
+    """
+    rows = []
+    for method in dict.fromkeys(methods):
+        own = [result for name, result in zip(methods, results) if name == method]
+        done = [result for result in own if isinstance(result, dict)]
+        failed = [f"seed {seed} {end}" for seed, end in enumerate(own) if isinstance(end, FloatingPointError)]
+        finished = "; ".join([f"{len(done)} of {len(own)}", *failed])
+        row = [method, f"{done[0]['updates']:,}" if done else "-", finished]
+        for key, scale, digits in (("isc", 1, 2), ("fd", 1, 1), ("kid", 1_000, 1), ("fd_bootstrap", 1, 1)):
+            row.append(spread([scale * result[key] for result in done if key in result], digits))
+        rows.append([*row, paper.get(method, "-")])
+    scored = next((result for result in results if isinstance(result, dict) and "features" in result), None)
+    fid = scored and scored["features"] == FID_NAME
+    head = ["method", "updates", "seeds finished", "Inception score" if fid else "score of its logits",
+            "FID" if fid else "Fréchet distance", "1,000 KID", "bootstrap, biased upward", "the paper"]
+    what = "{features}; {samples:,} samples against {reference}".format(**scored) if scored else "not scored"
+    return f"{what}; mean ± std over seeds\n\n{table(head, rows)}"
+
+
 def neighbours_figure(samples, images, features, device):
     """Samples [N, C, H, W], each above its five nearest images in pixels and features (GRAM, Figure 4)."""
     spaces = {name: [s.flatten(1).float() if name == "pixels" else extract(features, s, device)[0]
@@ -1701,16 +2104,18 @@ def neighbours_figure(samples, images, features, device):
     return figure
 
 
-def bias_figure(x, y, kid_n, fid_n, dimension, m, estimates, device):
-    """Estimates over n, mean and std of so many: KID and Frechet distance of features x, y of one law, which
-    only KID puts at 0, and FIDs of two censored normals whose estimates from m points are in the wrong order.
+def bias_figure(images, reference, features, kid_n, fid_n, dimension, m, estimates, device):
+    """Estimates over n, mean and std of so many: KID and Frechet distance of images and reference_statistics,
+    of one law, which only KID puts at 0, and FIDs of two censored normals whose estimates from m points are
+    in the wrong order.
 
     Binkowski et al. 2018, Figure 1 (drawn with replacement, so that KID's mean is the biased squared MMD of
     the two sets themselves, a little above 0) and appendix D.2: P1 = ReLU(N(0, I)),
     P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)), Q = ReLU(N(1, I)), which is known exactly, Sigma = (4 / d) C C^T, C of
     standard normals.
     """
-    rng, x, y = torch.Generator(device).manual_seed(0), x.to(device), y.to(device)
+    x, y = (s.to(device) for s in (extract(features, images, device)[0], reference["features"]))
+    rng = torch.Generator(device).manual_seed(0)
 
     def draw(s, n):
         return s[torch.randint(len(s), (n,), generator=rng, device=device)]
@@ -1726,6 +2131,9 @@ def bias_figure(x, y, kid_n, fid_n, dimension, m, estimates, device):
             print(f"{n:>9,}{row.mean():>12.5g} ± {row.std():.2g}", flush=True)
 
     figure = Figure(figsize=(11, 3.5), layout="constrained")
+    figure.suptitle(f"{features.name}; draws with replacement from {len(x):,} training images, "
+                    f"{reference['name']}", fontsize=9)
+    print(figure.get_suptitle())
     first, second, third = figure.subplots(1, 3)
     panel(first, "KID of training and test images", kid_n, 0,
           lambda n: kid(draw(x, n), draw(y, n), subsets=1, size=n)[0])

@@ -48,7 +48,6 @@ BATCH = 200                         # of data and of samples, GRAM, appendix B.1
 SIGMA = (1.0,)                      # appendix B.1
 RIDGE = 1e-3                        # JuliaGRAM, src/kmm.jl; not in the paper
 LAMBDA = 1.0                        # GRAM, eq. 9
-FEASIBLE, AUTOENCODER = 16.0, 8.0   # weights of MMD-GAN's terms, OctoberChang/MMD-GAN and JuliaGRAM
 SCALED_LAMBDA = 0.1                 # Figure 1 of Scaled MMD, as its section 4; 1 in its Figure 5
 PANELS = (10, 100, 1_000, 10_000)   # updates, Figure 1a
 GRID_5 = (31, 25, 25)               # of mu, of sigma and of psi, Figure 5 of Scaled MMD
@@ -58,12 +57,11 @@ LOG_EVERY = 1_000                   # rows in the terminal
 TRACE_EVERY = 10                    # rows in log.csv after the 100th update, one for each before, Figure 1b
 SAVE_EVERY = 5_000                  # a multiple of TRACE_EVERY: what is saved has been seen to be finite
 
-# distance: what the generator minimises and, but for gram and gan, the critic maximises. critic: its outputs,
-# 0 for no critic. steps: of the critic to one of the generator; gram moves both at once. adam: rate, betas;
-# rmsprop: rate. clip: bound of the critic's weights. penalty: what is taken off the critic's objective, and
-# its weight. GRAM's, GAN's, MMD-net's and MMD-GAN's numbers are in GRAM, appendix B.1 and B.3, those of WGAN
-# and WGAN-GP in improved_wgan_training, gan_toy.py. GAMN names none: steps, rates and the weight 10 are those
-# of WGAN-GP on images, the other weights ours; GMMN has a batch of 1,000 there.
+# distance and the weights of its terms: common.Game says, but for gram. critic: its outputs, 0 for no critic.
+# steps: of the critic to one of the generator; gram moves both at once. adam: rate, betas; rmsprop: rate.
+# clip: bound of the critic's weights. GRAM's, GAN's, MMD-net's and MMD-GAN's numbers are in GRAM, appendix
+# B.1 and B.3, those of WGAN and WGAN-GP in improved_wgan_training, gan_toy.py. GAMN names none: steps, rates
+# and the weight 10 are those of WGAN-GP on images, the other weights ours; GMMN has a batch of 1,000 there.
 GRAM = dict(distance="gram", critic="K", steps=0, adam=(1e-3, 0.5, 0.999))
 GAMN = dict(distance="mmd", critic="K", steps=5, adam=(1e-4, 0.5, 0.9), batch=256, sigma=GAMN_SIGMA,
             norm=("batch", "layer"))
@@ -76,7 +74,8 @@ METHODS = {
     "gan":         dict(distance="gan", critic=1, steps=1, adam=(1e-4, 0.5, 0.999)),
     "mmdnet":      dict(distance="mmd", critic=0, steps=0, rmsprop=1e-3),
     "mmdgan":      dict(distance="mmd", critic="K", steps=5, adam=(5e-5, 0.5, 0.999), clip=0.1,
-                        autoencoder=True, panels=(100, 500, 1_000)),        # panels: updates, Figure 9
+                        autoencoder=8.0, feasible=16.0,         # Li et al.'s weights
+                        panels=(100, 500, 1_000)),              # updates, Figure 9
     "wgan":        dict(distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, batch=256, clip=0.01),
     "wgan-gp":     dict(distance="wasserstein", critic=1, steps=5, adam=(1e-4, 0.5, 0.9), batch=256,
                         penalty=("gradient", 0.1)),
@@ -158,56 +157,25 @@ def train(method, members, folder, settings, steps, device):
         Z_all = present.shape[-1]
         return common.normal_noise(B * n, Z_all, rng).view(B, n, Z_all) * present
 
-    def gram(h_x, h_y):
-        return common.gram(lambda a, b: common.gaussian(a, b, sigma), h_x, h_y)
+    def kernel(a, b):
+        return common.gaussian(a, b, sigma)
 
-    def distance(h_x, h_y):
-        if row["distance"] == "wasserstein":
-            return common.wasserstein(h_x, h_y)
-        return common.mmd(*gram(h_x, h_y))
-
-    def penalty(x, y):
-        kind, weight = row["penalty"]
-        if kind == "gradient":
-            a = torch.rand(B, batch, generator=rng, device=device)
-            return weight * common.gradient_penalty(lambda t: f(t).sum(-1), x, y, a)
-        norm, weights = {"l1": (common.l1, common.norm_weights(f)), "l2": (common.l2, common.norm_weights(f)),
-                         "l2-all": (common.l2, f.parameters())}[kind]
-        return weight / B * norm(weights)       # that of all members, shared out
-
-    def loss_of_critic(x, y):
-        h_x, h_y = f(x), f(y)
-        if row["distance"] == "gan":
-            return common.gan_critic(h_x, h_y)
-        loss = -distance(h_x, h_y)
-        if decoder:
-            loss = loss - FEASIBLE * common.feasible_set(h_x, h_y) + AUTOENCODER * (
-                common.reconstruction(x, decoder(h_x)) + common.reconstruction(y, decoder(h_y)))
-        return loss + penalty(x, y) if "penalty" in row else loss
-
-    def loss_of_generator(x, y):
-        if row["distance"] == "gan":
-            return common.gan_generator(f(y))
-        h_x, h_y = (f(x), f(y)) if f else (x, y)
-        loss = distance(h_x, h_y)
-        if "data_mmd" in row:
-            loss = loss + distance(x, y)
-        return loss + FEASIBLE * common.feasible_set(h_x, h_y) if decoder else loss
+    game = common.Game(row, f, decoder, kernel, None, rng)
 
     def update():
         loss_f = None
         for _ in range(row["steps"]):
-            loss_f = loss_of_critic(data(batch, rng), g(noise(batch, rng)).detach())
+            loss_f = game.critic(data(batch, rng), g(noise(batch, rng)).detach())
             common.descend((opt_f, loss_f))
             if "clip" in row:
                 common.clip_weights(f, row["clip"])
         x, y = data(batch, rng), g(noise(batch, rng))
         if row["distance"] != "gram":
-            loss_g = loss_of_generator(x, y)
+            loss_g, _, _ = game.generator(x, y)
             common.descend((opt_g, loss_g))
             log.add(loss_f, loss_g, None, None)
         else:               # GRAM, Algorithm 1: one forward pass, one K, both gradients, both steps
-            K_all = gram(f(x), f(y))
+            K_all = common.gram(kernel, f(x), f(y))
             objective, r = common.gram_objective(*K_all, row["form"], RIDGE, LAMBDA)
             loss_g = common.mmd2(*K_all)
             common.descend((opt_f, -objective), (opt_g, loss_g))

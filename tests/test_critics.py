@@ -1,4 +1,5 @@
 """Adversarial critics, scaled and gradient-constrained MMD, Stack: finite differences, closed forms."""
+import copy
 import math
 
 import pytest
@@ -237,6 +238,89 @@ def test_sobolev_critic_of_a_known_solution():
     assert float((u.square() + v.square()).sum() * h ** 2) == pytest.approx(1, rel=0.07)
     assert torch.allclose(found / found.max(), known / known.max(), atol=1e-3)
     assert float(found[0].abs().max()) == 0
+
+
+# ---- Cramer, Scaled WGAN, Sobolev GAN, spectral parametrisation --------------------------------------------
+
+
+def test_cramer_is_eq_10():
+    x, y = points(4, 3), points(5, 3, seed=1, shift=0.5)
+
+    def rho(a, b):
+        return float((a - b).norm())
+
+    zero = torch.zeros(3).double()
+    pairs = [rho(y[i], y[j]) for i in range(5) for j in range(5) if i != j]
+    eq_10 = (sum(pairs) / 20 + sum(rho(t, zero) for t in x) / 4 - sum(rho(t, zero) for t in y) / 5
+             - sum(rho(a, b) for a in x for b in y) / 20)
+    assert float(common.cramer(x, y)) == pytest.approx(-eq_10)
+    found = common.cramer_witness(x, y)
+    assert found.tolist() == pytest.approx([sum(rho(t, b) for b in y) / 5 - rho(t, zero) for t in x])
+    origin, away = torch.zeros(6, 1).double(), torch.full((6, 1), 3.0).double()
+    assert float(common.cramer(away, origin)) == 0          # the paper's two laws that it takes for one
+
+
+def test_scaled_losses_against_autograd():
+    f, x, y = features(4, 1), points(6, 4), points(7, 4, seed=1)
+    rows = torch.stack([torch.autograd.functional.jacobian(lambda t: f(t).squeeze(-1), point) for point in x])
+    slope = float(rows.square().sum(1).mean())
+    h, J = common.jacobian(f, x)
+    assert torch.allclose(J[:, 0], rows)
+    w = float(f(x).mean() - f(y).mean())
+    value = float(f(x).square().mean())
+    assert float(common.swgan(h, f(y), J, 10)) == pytest.approx(w / math.sqrt(1 + 10 * (value + slope)))
+    mmd2 = common.mmd2(*common.gram(unit, h, f(y)), unbiased=True)
+    assert float(common.smmd2_section_4(mmd2, J, 10)) == pytest.approx(float(mmd2) / (1 + 10 * slope))
+    found, omega = common.sobolev(h, f(y), J, 0.3, 2.0)
+    assert float(omega) == pytest.approx(slope - 1)
+    assert float(found) == pytest.approx(w - 0.3 * (slope - 1) - (slope - 1) ** 2)
+
+
+def test_activation_penalty_by_hand():
+    f = common.dcgan_critic(3, (4, 8), 2, norms=(None, None), size=8)
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    out, layers = common.layer_outputs(f, x)
+    first = nn.functional.leaky_relu(f[0](x), 0.2)
+    second = nn.functional.leaky_relu(f[2](first), 0.2)
+    assert torch.equal(out, f(x)) and [h.shape[1:] for h in layers] == [(4, 4, 4), (8, 2, 2), (2,)]
+    expected = (first ** 2).mean() + (second ** 2).mean() + (out ** 2).mean()
+    assert float(common.activation_penalty(layers)) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_spectral_parametrisation(learned):
+    """|W| is gamma to 1e-4 after 100 iterations, within 5 % of it after training; only gamma is added."""
+    torch.manual_seed(0)
+    plain = common.dcgan_critic(3, (8, 16), 1, norms=(None, None), size=8)
+    f = common.spectral(copy.deepcopy(plain), learned)
+    assert common.count(f) == common.count(plain) + 3 * learned
+    for _ in range(100):
+        f(torch.zeros(1, 3, 8, 8))
+    assert all(float(s[0]) == pytest.approx(1, rel=1e-4) for s in common.singular_values(f.eval()))
+    raw = [torch.linalg.svdvals(layer.weight.flatten(1)) for layer in plain if hasattr(layer, "weight")]
+    assert all(torch.allclose(s, r / r[0], rtol=1e-4) for s, r in zip(common.singular_values(f), raw))
+    optimizer, x = torch.optim.Adam(f.train().parameters(), 1e-3), torch.randn(16, 3, 8, 8)
+    for _ in range(30):
+        optimizer.zero_grad()
+        with nn.utils.parametrize.cached():
+            f(x).square().mean().neg().backward()
+        optimizer.step()
+    gains = [layer.parametrizations.weight[1].gamma.item() if learned else 1.0
+             for layer in f if hasattr(layer, "weight")]
+    assert all(float(s[0]) == pytest.approx(gain, rel=0.05)
+               for s, gain in zip(common.singular_values(f.eval()), gains))
+    assert not learned or min(gains) > 1.005        # they have moved, upwards as the loss asks
+
+
+def test_spectral_parametrisation_iterates_once_where_it_is_cached():
+    f = common.spectral(nn.Linear(5, 4), learned=False)
+    norm = f.parametrizations.weight[0]
+    before = norm._u.clone()
+    with nn.utils.parametrize.cached():
+        f(torch.ones(2, 5)), f(torch.zeros(2, 5))
+    weight = f.parametrizations.weight.original
+    v = nn.functional.normalize(weight.T @ before, dim=0)
+    assert torch.allclose(norm._u, nn.functional.normalize(weight @ v, dim=0), atol=1e-6)
 
 
 # ---- stacks -----------------------------------------------------------------------------------------------

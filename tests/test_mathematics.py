@@ -305,3 +305,68 @@ def test_kid_equals_a_double_loop():
     expected = [u_statistic(x[torch.randperm(6, generator=rng)[:4]], y[torch.randperm(9, generator=rng)[:4]])
                 for _ in range(5)]
     assert common.kid(x, y, 5, 4) == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-9)
+
+
+# ---- kernels of Demystifying MMD GANs ---------------------------------------------------------------------
+
+
+def rq_star(x, y):
+    alpha = torch.tensor([0.2, 0.5, 1, 2, 5], dtype=torch.float64)
+    return torch.cat([common.rational_quadratic(x, y, alpha), common.dot(x, y)], -3)
+
+
+def test_kernels_by_hand():
+    x, y = torch.tensor([[3.0, 4.0], [0.0, 0.0]]).double(), torch.tensor([[3.0, 0.0], [3.0, 4.0]]).double()
+    assert common.dot(x, y).tolist() == [[[9, 25], [0, 0]]]
+    assert common.distance(x, y).tolist() == [[[(5 + 3 - 4) / 2, 5], [0, 0]]]
+    rq = common.rational_quadratic(x, y, torch.tensor([0.5, 2.0]).double())
+    assert torch.allclose(rq[0], torch.tensor([[17, 1], [10, 26]]).double() ** -0.5)
+    assert torch.allclose(rq[1], torch.tensor([[5, 1], [3.25, 7.25]]).double() ** -2)
+
+
+@pytest.mark.parametrize("kernel", [rq_star, common.dot, common.distance, lambda x, y: rq_star(x, y)[:5]])
+def test_kernels_are_positive_semi_definite(kernel):
+    x, _ = sets(30, 1, 4)
+    for K in kernel(x, x):
+        assert torch.allclose(K, K.mT) and float(torch.linalg.eigvalsh(K).min()) > -1e-10 * float(K.trace())
+
+
+def test_rational_quadratic_is_a_mixture_of_gaussians():
+    """Over precisions t / alpha, t ~ Gamma(alpha, 1): the integral of exp(-t d^2 / 2 alpha) by quadrature."""
+    x, y = sets(3, 4, 2)
+    u = torch.linspace(-60, 8, 400_001, dtype=torch.float64)        # t = exp(u)
+    for alpha in (0.2, 1.0, 5.0):
+        density = torch.exp(alpha * u - u.exp() - math.lgamma(alpha))
+        d_2 = common.squared_distances(x, y)
+        expected = torch.stack([torch.trapezoid(density * torch.exp(-u.exp() * d / (2 * alpha)), u)
+                                for d in d_2.flatten()]).view_as(d_2)
+        found = common.rational_quadratic(x, y, torch.tensor([alpha], dtype=torch.float64))[0]
+        assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_mmd_of_dot_and_of_distance():
+    """Biased: the squared distance of means. Unbiased: the energy distance, E|x - y| - half of the others."""
+    x, y = sets(7, 5, 3)
+    found = common.mmd2(*common.gram(common.dot, x, y))
+    assert float(found) == pytest.approx(float((x.mean(0) - y.mean(0)).square().sum()))
+    apart = [[float((a - b).norm()) for b in y] for a in x]
+    within = [sum(float((s[i] - s[j]).norm()) for i in range(len(s)) for j in range(len(s)) if i != j)
+              / (len(s) * (len(s) - 1)) for s in (x, y)]
+    found = common.mmd2(*common.gram(common.distance, x, y), unbiased=True)
+    assert float(found) == pytest.approx(np.mean(apart) - sum(within) / 2)
+
+
+def test_unbiased_mmd_of_rq_star_has_no_diagonal():
+    """The linear part's diagonal is no constant: with it the estimate would grow with the features' norm."""
+    x, y = sets(6, 6, 3)
+    loops = 0
+    for a, b, weight in ((x, x, 1 / 30), (y, y, 1 / 30), (x, y, -2 / 36)):
+        K = rq_star(a, b).sum(0)
+        loops += sum(float(K[i, j]) * weight for i in range(6) for j in range(6) if a is not b or i != j)
+    assert float(common.mmd2(*common.gram(rq_star, x, y), unbiased=True)) == pytest.approx(loops)
+
+
+def test_distance_kernel_has_finite_slopes():
+    x = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+    common.mmd2(*common.gram(common.distance, x, 0 * x)).backward()
+    assert x.grad.isfinite().all()

@@ -30,6 +30,36 @@ def test_critics_of_tables_6_and_7():
     assert f[2].negative_slope == 0.2
 
 
+def test_networks_of_the_other_papers():
+    """Each once at full size, with the parameters that its source implies."""
+    z, x = torch.rand(2, 128), torch.rand(2, 3, 32, 32)
+    g = common.dcgan_generator(128, (512, 256, 128, 64), 3, kernel=5, last=nn.Sigmoid)
+    assert g(z).shape == x.shape and 0 <= g(z).min() and g(z).max() <= 1
+    filters = 25 * (512 * 256 + 256 * 128 + 128 * 64 + 64 * 3)
+    assert count(g) == 129 * 2048 + filters + 2 * (512 + 256 + 128 + 64) + 3
+    f = common.dcgan_critic(3, (16, 32, 64, 128), 16, kernel=5, norms=(None, None))
+    assert f(x).shape == (2, 16)
+    assert count(f) == 25 * (3 * 16 + 16 * 32 + 32 * 64 + 64 * 128) + 240 + (128 * 4 + 1) * 16
+    f = common.dcgan_critic(3, (128, 256, 512), 10, kernel=5, norms=(None, common.layer_norm))
+    assert f(x).shape == (2, 10)
+    assert [type(layer).__name__ for layer in f][:6] == ["Conv2d", "LeakyReLU", "Conv2d", "GroupNorm",
+                                                         "LeakyReLU", "Conv2d"]
+    f = common.dcgan_critic(3, (64, 128, 256), 128, norms=(None, common.batch_norm))
+    assert count(f) == 16 * (3 * 64 + 64 * 128 + 128 * 256) + 64 + 2 * (128 + 256) + 4097 * 128
+    g, f = common.sngan_generator(128, 3), common.sngan_critic(3, 1)
+    assert g(z).shape == x.shape and 0 <= g(z).min() and g(z).max() <= 1 and f(x).shape == (2, 1)
+    assert sum(isinstance(layer, nn.Conv2d) for layer in f) == 7
+    widths = (3, 64, 128, 128, 256, 256, 512, 512)
+    filters = sum((16 if i % 2 else 9) * a * b + b for i, (a, b) in enumerate(zip(widths, widths[1:])))
+    assert count(f) == filters + 8193
+
+
+def test_layer_norm_is_over_the_whole_image():
+    x = torch.randn(4, 6, 5, 5)
+    expected = nn.functional.layer_norm(x, x.shape[1:])
+    assert torch.allclose(common.layer_norm(6)(x), expected, atol=1e-5)
+
+
 def test_one_channel():
     assert common.dcgan_generator(16, (32, 16, 8), 1)(torch.rand(3, 16)).shape == (3, 1, 32, 32)
     assert common.dcgan_critic(1, (8, 16, 32), 5)(torch.rand(3, 1, 32, 32)).shape == (3, 5)
