@@ -122,6 +122,7 @@ METHODS |= {f"{name}-16": dict(METHODS[name], nets="dcgan16")
             for name in ("mmd-rqdot", "mmd-rq", "mmd-rbf", "mmd-dot", "mmd-dist", "cramer", "wgan-gp")}
 METHODS |= {f"{name}-300": dict(METHODS[name], batch=300) for name in METHODS if name.startswith("mmdgan")}
 METHODS |= {f"gram-k{k}": dict(METHODS["gram"], critic=k) for k in (2, 8, 32, 128, 512, 1024, 2048)}
+METHODS = {name: dict(row, nets=NETS[row["nets"]]) for name, row in METHODS.items()}
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
 CURVES = {"fd": "Fréchet distance to the test images", "mean_r": "mean of r",
           "condition": "condition number of K + ridge I", "spread": "variance of f(x) over variance of f(y)"}
@@ -158,7 +159,7 @@ CENSORED, CENSORED_M = 2048, (10_000, 20_000, 50_000, 100_000)      # dimension 
 
 def networks(row):
     """Generator, critic and decoder of a row of METHODS, None for what it has not."""
-    return common.image_networks(NETS[row["nets"]], row, 3, 32)
+    return common.image_networks(row["nets"], row, 3, 32)
 
 
 def kernels(SIGMA, RBF, ALPHA):
@@ -175,7 +176,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     samples: how many to keep and to score. judge: load_features() and reference_statistics().
     """
     row, (features, reference) = METHODS[method], judge
-    nets, batch = NETS[row["nets"]], row.get("batch", BATCH)
+    nets, batch = row["nets"], row.get("batch", BATCH)
     noise = common.normal_noise if nets.get("noise") == "normal" else common.uniform_noise
     torch.manual_seed(seed)
     g, f, decoder = (network.to(device) if network else None for network in networks(row))

@@ -24,13 +24,19 @@ ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
 SMALL = dict(BATCH=8, SAMPLES=20, BOOTSTRAP=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2, BURST=2,
              BURST_UNTIL=1, CODES=20, ENCODE=2,
              TABLES={name: (20, own) for name, (_, own) in cifar.TABLES.items()})
-NETS = {name: {key: value if key not in ("g", "f", "width", "mlp", "encoder", "z")
-               else 4 if key == "width" else 8 if key == "z"
-               else (*value[:-1], 8) if name == "gmmn-ae" and key == "mlp" else value if key == "mlp"
-               else (3072, 12, 8) if key == "encoder" else (12, *[8] * (len(value) - 1))
-               for key, value in dict(nets, z=8).items()} for name, nets in cifar.NETS.items()}
-METHODS = {name: dict(row, steps=min(row["steps"], 1), **({"batch": 9} if "batch" in row else {}))
-           for name, row in cifar.METHODS.items()}
+
+
+def small_nets(nets):
+    """A description of networks with widths of 8 to 12, but for an mlp that ends in an image."""
+    small = dict(nets, z=8)
+    for key in ("g", "f"):
+        small |= {key: (12, *[8] * (len(nets[key]) - 1))} if key in nets else {}
+    small |= dict(width=4) if "width" in nets else {}
+    return small | dict(mlp=(12, 8), encoder=(3072, 12, 8)) if "encoder" in nets else small
+
+
+METHODS = {name: dict(row, nets=small_nets(row["nets"]), steps=min(row["steps"], 1),
+                      **({"batch": 9} if "batch" in row else {})) for name, row in cifar.METHODS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +45,6 @@ def small(monkeypatch, tmp_path):
     for name, value in SMALL.items():
         monkeypatch.setattr(cifar, name, value)
     monkeypatch.setattr(cifar, "METHODS", METHODS)
-    monkeypatch.setattr(cifar, "NETS", NETS)
     ring = dict(BATCH=16, POINTS=500, LOG_EVERY=4, TRACE_EVERY=2, SAVE_EVERY=2)
     plane = dict(PANELS=(2, 6), WIDTHS=(5, 10), NOISES=(2, 4), GAMN_HIDDEN=(12, 12), AVERAGE=6,
                  AVERAGE_EVERY=2, AVERAGE_POINTS=50, DIRAC_STEPS=40, GRID_5=(5, 4, 3))
