@@ -9,6 +9,7 @@ Expect a Frechet distance of 29 ± 3 from gram on EfficientNet-Lite0 features (F
 A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json;
 the curves of all runs of a command are runs/cifar-curves.png.
 """
+import os
 import sys
 
 import numpy as np
@@ -39,6 +40,7 @@ SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been se
 
 # Widths of generator and critic, size of their filters, norms behind the critic's first convolution and the
 # others, noise; unit: pixels are in [0, 1] instead of [-1, 1]. common.dcgan_critic names the sources.
+USUAL = dict(z=128, noise="uniform", kernel=4, norms=("batch",))        # where a row does not say otherwise
 UNIT = dict(unit=True, z=100)
 NETS = {
     "gram":    dict(g=(128, 64, 32), f=(32, 64, 128)),
@@ -122,11 +124,11 @@ METHODS |= {f"{name}-16": dict(METHODS[name], nets="dcgan16")
             for name in ("mmd-rqdot", "mmd-rq", "mmd-rbf", "mmd-dot", "mmd-dist", "cramer", "wgan-gp")}
 METHODS |= {f"{name}-300": dict(METHODS[name], batch=300) for name in METHODS if name.startswith("mmdgan")}
 METHODS |= {f"gram-k{k}": dict(METHODS["gram"], critic=k) for k in (2, 8, 32, 128, 512, 1024, 2048)}
-METHODS = {name: dict(row, nets=NETS[row["nets"]]) for name, row in METHODS.items()}
+METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
+READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")       # condition: of the matrix the ratio inverts
 CURVES = {"fd": "Fréchet distance to the test images", "mean_r": "mean of r",
           "condition": "condition number of K + ridge I", "spread": "variance of f(x) over variance of f(y)"}
-READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")       # of the Gram matrix that the ratio inverts
 # A paper's table: its number of samples (ours for GRAM and GAMN), and Inception score, FID, KID of each row
 TABLES = {
     "gram": (10_000, {
@@ -162,11 +164,11 @@ def networks(row):
     return common.image_networks(row["nets"], row, 3, 32)
 
 
-def kernels(SIGMA, RBF, ALPHA):
-    """The kernels that rows name, from [N, D] and [M, D] to [S, N, M]; their numbers as tensors."""
-    return {"li": lambda x, y: common.gaussian(x, y, SIGMA), "rbf": lambda x, y: common.gaussian(x, y, RBF),
-            "rq": lambda x, y: common.rational_quadratic(x, y, ALPHA), "dot": common.dot,
-            "rq*": lambda x, y: torch.cat([common.rational_quadratic(x, y, ALPHA), common.dot(x, y)], -3),
+def kernels(sigma, rbf, alpha):
+    """The kernels that rows name, from [N, D] and [M, D] to [S, N, M]; SIGMA, RBF and ALPHA as tensors."""
+    return {"li": lambda x, y: common.gaussian(x, y, sigma), "rbf": lambda x, y: common.gaussian(x, y, rbf),
+            "rq": lambda x, y: common.rational_quadratic(x, y, alpha), "dot": common.dot,
+            "rq*": lambda x, y: torch.cat([common.rational_quadratic(x, y, alpha), common.dot(x, y)], -3),
             "distance": common.distance, "unit": common.unit_gaussian}
 
 
@@ -177,7 +179,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     """
     row, (features, reference) = METHODS[method], judge
     nets, batch = row["nets"], row.get("batch", BATCH)
-    noise = common.normal_noise if nets.get("noise") == "normal" else common.uniform_noise
+    noise = common.normal_noise if nets["noise"] == "normal" else common.uniform_noise
     torch.manual_seed(seed)
     g, f, decoder = (network.to(device) if network else None for network in networks(row))
     opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
@@ -192,16 +194,15 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     log = common.Log(folder, COLUMNS, steps, device, READINGS)
     state = dict(g=g, opt_g=opt_g, critic=critic, sampler=sampler, rng=rng, log=log)
     state |= dict(opt_f=opt_f) if f else {}
-    given = {name: torch.tensor(globals()[name], dtype=torch.float32, device=device)
-             for name in ("SIGMA", "RBF", "ALPHA")}
-    kernel = kernels(**given).get(row.get("kernel"))
+    numbers = (torch.tensor(v, dtype=torch.float32, device=device) for v in (SIGMA, RBF, ALPHA))
+    kernel = kernels(*numbers).get(row.get("kernel"))
     game = common.Game(row, f, decoder, kernel, critic.multiplier, rng)
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
     loss_ascent = torch.zeros((), device=device)                        # of the critic's last step
 
     def draw():
         x = common.flip_images(common.draw_images(images, batch, rng), rng)
-        return (x + 1) / 2 if "unit" in nets else x, g(noise(batch, nets.get("z", 128), rng))
+        return (x + 1) / 2 if "unit" in nets else x, g(noise(batch, nets["z"], rng))
 
     def ascend():
         x, y = draw()
@@ -250,7 +251,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
     @torch.no_grad()
     def sample(n, seed=0):      # of a seed's noise; batch norm by at most 500 at a time (common.batch_norm)
-        z = noise(n, nets.get("z", 128), torch.Generator().manual_seed(seed)).to(device)
+        z = noise(n, nets["z"], torch.Generator().manual_seed(seed)).to(device)
         return torch.cat([common.to_bytes(sampler(part)) for part in z.split(500)]).cpu()
 
     def rescore(last):
@@ -356,7 +357,10 @@ def main(argv=None):
     results = common.interleave([train(*run, *given) for run in runs])
 
     command = common.command(__file__, argv)
-    finished = common.finish(runs, results, command)
+    finished = []
+    for run, result in common.ended(runs, results, command):
+        finished.append(run)
+        print(f"{run[2]}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(run[2])))}")
     if finished:
         common.save_figure(f"{args.out}/cifar-curves.png", common.curves_figure(finished, CURVES))
         print(f"{args.out}/cifar-curves.png")

@@ -578,12 +578,12 @@ class Game:
         self.row, self.f, self.decoder, self.kernel = row, f, decoder, kernel
         self.multiplier, self.rng, self.kind = multiplier, rng, row["distance"]
 
-    def features(self, x, y):
-        """The critic at data and samples, and its Jacobians at the data, None where they do not count."""
-        if self.f is None or "encode" in self.row:
-            return self.f(x) if self.f else self.points(x), self.points(y), None
-        h_x, J = jacobian(self.f, x) if self.kind in SLOPED else (self.f(x), None)
-        return h_x, self.f(y), J
+    def features(self, f, x, y):
+        """f at data and samples, and its Jacobians at the data, None where they do not count."""
+        if f is None or "encode" in self.row:
+            return f(x) if f else self.points(x), self.points(y), None
+        h_x, J = jacobian(f, x) if self.kind in SLOPED else (f(x), None)
+        return h_x, f(y), J
 
     @staticmethod
     def points(x):
@@ -617,7 +617,14 @@ class Game:
 
     def critic(self, x, y):
         """The critic's loss at data x and samples y, [..., N, *shape] and [..., M, *shape]: [...]."""
-        row, (h_x, h_y, J) = self.row, self.features(x, y)
+        row, outputs = self.row, []
+
+        def keeping(t):         # f, its layers' outputs kept
+            h, own = layer_outputs(self.f, t)
+            outputs.extend(own)
+            return h
+
+        h_x, h_y, J = self.features(keeping if "activation" in row else self.f, x, y)
         if "encode" in row:
             return reconstruction(self.points(x), self.points(self.decoder(h_x)))
         if self.kind == "gan":
@@ -633,8 +640,7 @@ class Game:
         if "penalty" in row:
             loss = loss + self.penalty(x, y, h_x, h_y)
         if "activation" in row:
-            loss = loss + row["activation"] * sum(
-                activation_penalty(layer_outputs(self.f, t)[1]) for t in (x, y))
+            loss = loss + row["activation"] * activation_penalty(outputs)
         if "feasible" in row:
             loss = loss - row["feasible"] * feasible_set(h_x, h_y)
         if "autoencoder" in row:
@@ -644,7 +650,7 @@ class Game:
 
     def generator(self, x, y):
         """The generator's loss at data x and samples y, [...], and their features h_x and h_y."""
-        row, (h_x, h_y, J) = self.row, self.features(x, y)
+        row, (h_x, h_y, J) = self.row, self.features(self.f, x, y)
         loss = gan_generator(h_y) if self.kind == "gan" else self.distance(h_x, h_y, J)
         if "feasible" in row:
             loss = loss + row["feasible"] * feasible_set(h_x, h_y)
@@ -935,8 +941,8 @@ def image_networks(nets, row, channels, size):
     pixels are in [0, 1]; encoder, widths. row: critic, its outputs; spectral, learned or fixed; autoencoder;
     encode, if the generator makes codes.
     """
-    shape, z, out = (channels, size, size), nets.get("z", 128), row["critic"]
-    last, kernel = nn.Sigmoid if "unit" in nets else nn.Tanh, nets.get("kernel", 4)
+    shape, z, out = (channels, size, size), nets["z"], row["critic"]
+    last, kernel = nn.Sigmoid if "unit" in nets else nn.Tanh, nets["kernel"]
     if "mlp" in nets:
         to_image = [last(), nn.Unflatten(1, shape)]
         if "encode" not in row:
@@ -948,7 +954,7 @@ def image_networks(nets, row, channels, size):
         g, f = sngan_generator(z, channels, nets["width"]), sngan_critic(channels, out, nets["width"])
     else:
         kinds = dict(none=None, batch=batch_norm, layer=layer_norm)
-        norms = [kinds[name] for name in nets.get("norms", ("batch", "batch"))]
+        norms = [kinds[name] for name in nets["norms"]]
         g = dcgan_generator(z, nets["g"], channels, kernel, last, size)
         f = dcgan_critic(channels, nets["f"], out, kernel, norms, size) if out else None
     if "spectral" in row:
@@ -1944,19 +1950,18 @@ def run(main):
         sys.exit(130)
 
 
-def finish(runs, results, command):
-    """Write FOLDER/result.json of each run that has ended well, and say how the others ended.
+def ended(runs, results, command):
+    """Each run that ended well with its result, FOLDER/result.json written; says how the others ended.
 
-    runs: of open_runs; results: of interleave, dicts or FloatingPointErrors. Returns the runs that ended
-    well.
+    runs: of open_runs; results: of interleave, dicts or FloatingPointErrors. Yields (run, result) in order.
     """
-    for (_, _, folder, _), result in zip(runs, results):
+    for run, result in zip(runs, results):
+        folder = run[2]
         if isinstance(result, FloatingPointError):
             print(f"{folder}: {result}")
-        else:
-            write_json(f"{folder}/result.json", dict(result, command=command))
-            print(f"{folder}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(folder)))}")
-    return [run for run, result in zip(runs, results) if isinstance(result, dict)]
+            continue
+        write_json(f"{folder}/result.json", dict(result, command=command))
+        yield run, result
 
 
 def command(script, argv):
@@ -2161,8 +2166,9 @@ def noise_figure(images, others, reference, features, device):
     for axes, (kind, levels) in zip(figure.subplots(2, 3).flat, DISTURBANCES.items()):
         found = []
         for alpha in levels:
-            disturbed = disturb(images, kind, alpha, rng, others)
-            scores = score(disturbed, reference, features, device) if alpha else clean
+            scores = clean
+            if alpha:
+                scores = score(disturb(images, kind, alpha, rng, others), reference, features, device)
             shown = (f"{key} {scores[key]:<10.5g}" for key in SCORES if key in scores)
             print(f"{kind:<20}{alpha:<6}", *shown, flush=True)
             found.append(scores)

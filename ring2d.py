@@ -486,11 +486,7 @@ def main(argv=None):
                                  for (method, _, folder, settings), own in zip(runs, members)])
 
     done = []
-    for (method, _, folder, _), result in zip(runs, results):
-        if isinstance(result, FloatingPointError):
-            print(f"{folder}: {result}")
-            continue
-        common.write_json(f"{folder}/result.json", dict(result, command=common.command(__file__, argv)))
+    for (method, _, folder, _), result in common.ended(runs, results, common.command(__file__, argv)):
         done.append((folder, result))
         if not stacked:
             figure_1(folder, method, result)

@@ -178,11 +178,7 @@ def main(argv=None):
     print(common.log_head(COLUMNS))
     results = common.interleave([train(*run, args.steps, device) for run in runs])
 
-    for (method, _, folder, _), result in zip(runs, results):
-        if isinstance(result, FloatingPointError):
-            print(f"{folder}: {result}")
-            continue
-        common.write_json(f"{folder}/result.json", dict(result, command=common.command(__file__, argv)))
+    for (method, _, folder, _), result in common.ended(runs, results, common.command(__file__, argv)):
         figure(folder, method, result)
         print(f"{folder}/figure.png: {result['modes']} of {MODES} modes, "
               f"{result['share']:.3f} of {POINTS:,} samples within {3 * STD:.1f} of a mode")

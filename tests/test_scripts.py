@@ -224,9 +224,8 @@ def test_losses_of_every_row(method):
     f, decoder = f.double().eval(), decoder and decoder.double()
     x, y = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
     y = (0.5 * y).requires_grad_()
-    sets = {name: torch.tensor(getattr(cifar, name), dtype=torch.float64)
-            for name in ("SIGMA", "RBF", "ALPHA")}
-    game = common.Game(row, f, decoder, cifar.kernels(**sets)[row["kernel"]] if "kernel" in row else None,
+    numbers = (torch.tensor(v, dtype=torch.float64) for v in (cifar.SIGMA, cifar.RBF, cifar.ALPHA))
+    game = common.Game(row, f, decoder, cifar.kernels(*numbers)[row["kernel"]] if "kernel" in row else None,
                        torch.zeros(()).double(), rng)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *args, **kwargs: a)
