@@ -27,13 +27,13 @@ RBF = (2, 5, 10, 20, 40, 80)            # Demystifying MMD GANs, section 5; GMMN
 ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its code has 0.1, 1, 10
 LAMBDA = 1.0                # GRAM, eq. 9
 BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # MMD-GAN's critic steps: at updates 1 to 25, every 500th
-ENCODE = 20_000             # updates that train GMMN+AE's autoencoder; ours, the paper trains layer by layer
+ENCODE = 20_000             # steps of GMMN+AE's autoencoder, before all; ours, the paper trains layer by layer
 AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
                             # t^3; the average, mirrored data, the data's contrast are ours: see README.md
 ADAPT_EVERY, WINDOW, PATIENCE = 2_000, 10, 3        # rates that adapt, Demystifying MMD GANs, section 5
 LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6              # mbinkowski/MMD-GAN, gan/utils/scorer.py
 SAMPLES = 10_000            # to keep and to score, but for --table
-BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance's bootstrap, Demystifying MMD GANs, section 5
+BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
 GRID_EVERY = 20_000         # and, with --features, scores
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
@@ -216,7 +216,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     def update():
         x, y = draw()
         if row["distance"] == "gram":   # Algorithm 1, simultaneous: one K, both gradients, both steps
-            h_x, h_y = f(x), f(y)
+            h_x, h_y = common.both(f, x, y)
             K_all = K_xx, _, K_yy = common.gram(kernel, h_x, h_y)
             objective, r = common.gram_objective(*K_all, row["form"], row["ridge"], LAMBDA)
             loss_g = common.mmd2(*K_all)
@@ -233,7 +233,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
     def critic_steps(step):
         if "encode" in row:
-            return int(step < ENCODE)
+            return ENCODE if step == 0 else 0
         return BURST if "burst" in row and (step < BURST_UNTIL or step % BURST_EVERY == 0) else row["steps"]
 
     def readings(step):
@@ -256,10 +256,9 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
     def rescore(last):
         scores.clear()
-        given = reference, features, device
+        drawn = sample(samples if last else SAMPLES)
         with common.scoring(folder):
-            scores.update(common.score(sample(samples if last else SAMPLES), *given))
-            scores.update(common.bootstrap_score(sample(BOOTSTRAP), *given, RESAMPLINGS) if last else {})
+            scores.update(common.score(drawn, reference, features, device, BOOTSTRAP, RESAMPLINGS))
 
     def codes(some):
         return common.extract(features, some, device)[0].to(device)

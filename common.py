@@ -110,14 +110,24 @@ def dot(x, y):
     return (x @ y.mT).unsqueeze(-3)
 
 
+def euclidean(x):
+    """|x|, [..., D] to [...], all of whose derivatives at 0 are taken as 0.
+
+    torch's second derivatives there are NaN, and a penalty on slopes meets them: rounded to TF32, a point
+    close to x in the interval between y and x is x itself.
+    """
+    squares = x.square().sum(-1)
+    zero = squares == 0
+    return squares.masked_fill(zero, 1).sqrt().masked_fill(zero, 0)
+
+
 def distance(x, y):
     """Distance kernel (|x_i| + |y_j| - |x_i - y_j|) / 2, [..., N, D] and [..., M, D] to [..., 1, N, M].
 
     Its squared MMD is the energy distance (Binkowski et al. 2018, eq. 7 and 8 with z_0 = 0; mbinkowski/
-    MMD-GAN, gan/core/mmd.py, lacks the half). The slope of |x - y| at x = y is taken as 0.
+    MMD-GAN, gan/core/mmd.py, lacks the half).
     """
-    between = torch.linalg.vector_norm(x[..., :, None, :] - y[..., None, :, :], dim=-1)
-    to_x, to_y = (torch.linalg.vector_norm(t, dim=-1) for t in (x, y))
+    between, to_x, to_y = euclidean(x[..., :, None, :] - y[..., None, :, :]), euclidean(x), euclidean(y)
     return ((to_x[..., :, None] + to_y[..., None, :] - between) / 2).unsqueeze(-3)
 
 
@@ -126,13 +136,23 @@ def cubic(x, y):
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
+def origin(points):
+    """The mean of points [..., N, D] as a constant [..., 1, D], to be subtracted from all that a kernel sees.
+
+    No MMD depends on the origin, not even the dot kernel's, and so nothing keeps a critic's features near it.
+    But sums of far larger numbers have nothing left of it in float32 (Binkowski et al. 2018, footnote 19).
+    """
+    return points.mean(-2, keepdim=True).detach()
+
+
 def gram(kernel, x, y):
     """The three Gram matrices of two sets, from one evaluation of a kernel on both (GRAM, Algorithm 1).
 
-    x [..., N, D], y [..., M, D]; kernel from two sets of sizes n and m to [..., S, n, m].
-    Returns K_xx [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M].
+    x [..., N, D], y [..., M, D]; kernel from two sets of sizes n and m to [..., S, n, m]; their mean is the
+    origin. Returns K_xx [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M].
     """
     both, sizes = torch.cat([x, y], -2), [x.shape[-2], y.shape[-2]]
+    both = both - origin(both)
     rows_x, rows_y = kernel(both, both).split(sizes, -2)        # split, not slices: fewer kernels backwards
     K_xx, K_xy = rows_x.split(sizes, -1)
     _, K_yy = rows_y.split(sizes, -1)
@@ -278,10 +298,13 @@ def gan_generator(d_y):
 def witness(kernel, t, x, y):
     """The MMD's witness mean_j k(t, x_j) - mean_j k(t, y_j), summed over kernels, at points t: [..., T].
 
-    kernel as in gram; t [..., T, D], x [..., N, D], y [..., M, D]. Up to a factor the best critic in the
-    kernel's space (Gretton et al. 2012, section 2.3; Scaled MMD, below eq. 1).
+    kernel as in gram; t [..., T, D], x [..., N, D], y [..., M, D]; up to a constant, which the origin moves.
+    Up to a factor the best critic in the kernel's space (Gretton et al. 2012, section 2.3; Scaled MMD, below
+    eq. 1).
     """
-    return (kernel(t, x).mean(-1) - kernel(t, y).mean(-1)).sum(-2)
+    both = torch.cat([x, y], -2)
+    K_x, K_y = kernel(t - origin(both), both - origin(both)).split([x.shape[-2], y.shape[-2]], -1)
+    return (K_x.mean(-1) - K_y.mean(-1)).sum(-2)
 
 
 def wasserstein(f_x, f_y):
@@ -297,7 +320,7 @@ def cramer_witness(t, y):
 
     Binkowski et al. 2018, eq. 9. Up to a constant it is -2 E k(t, y) with the distance kernel k.
     """
-    to_y = torch.linalg.vector_norm(y, dim=-1).mean(-1, keepdim=True)
+    to_y = euclidean(y).mean(-1, keepdim=True)
     return to_y - 2 * distance(t, y).squeeze(-3).mean(-1)
 
 
@@ -309,8 +332,8 @@ def cramer(h_x, h_y):
     Algorithm 1. Its generator minimises the energy distance, mmd2 under `distance`.
     """
     M = h_y.shape[-2]
-    apart = torch.linalg.vector_norm(h_y[..., :, None, :] - h_y[..., None, :, :], dim=-1).sum((-2, -1))
-    own = apart / (M * (M - 1)) - torch.linalg.vector_norm(h_y, dim=-1).mean(-1)
+    apart = euclidean(h_y[..., :, None, :] - h_y[..., None, :, :]).sum((-2, -1))
+    own = apart / (M * (M - 1)) - euclidean(h_y).mean(-1)
     return cramer_witness(h_x, h_y).mean(-1) - own
 
 
@@ -365,23 +388,13 @@ def gradient_penalty(s, x, y, a):
     return (torch.linalg.vector_norm(J, dim=(-2, -1)) - 1).square().mean(-1)
 
 
-def layer_outputs(network, x):
-    """The last output of an nn.Sequential, and a list of those of its activations and its last layer."""
-    found = []
-    for layer in network:
-        x = layer(x)
-        if isinstance(layer, (nn.ReLU, nn.LeakyReLU)):
-            found.append(x)
-    return x, [*found, x]
-
-
 def activation_penalty(outputs):
-    """Sum over a critic's layers of the mean square of their outputs, a list of [N, ...]: a scalar.
+    """Sum over a critic's layers of the mean square of their outputs, over data plus over samples: a scalar.
 
-    Over data and over samples it is added up; it keeps features small where a loss of distances alone does
-    not care (Binkowski et al. 2018, footnote 19; mbinkowski/MMD-GAN, gan/core/model.py).
+    outputs: a list of [2 N, ...], of both. It keeps features small where a loss of distances alone does not
+    care (Binkowski et al. 2018, footnote 19; mbinkowski/MMD-GAN, gan/core/model.py).
     """
-    return sum(h.square().mean() for h in outputs)
+    return 2 * sum(h.square().mean() for h in outputs)
 
 
 def norm_weights(network):
@@ -578,12 +591,15 @@ class Game:
         self.row, self.f, self.decoder, self.kernel = row, f, decoder, kernel
         self.multiplier, self.rng, self.kind = multiplier, rng, row["distance"]
 
-    def features(self, f, x, y):
+    def features(self, x, y, outputs=None):
         """f at data and samples, and its Jacobians at the data, None where they do not count."""
+        f = self.f
         if f is None or "encode" in self.row:
             return f(x) if f else self.points(x), self.points(y), None
-        h_x, J = jacobian(f, x) if self.kind in SLOPED else (f(x), None)
-        return h_x, f(y), J
+        if self.kind in SLOPED:
+            h_x, J = jacobian(f, x)
+            return h_x, f(y), J
+        return *both(f, x, y, outputs), None
 
     @staticmethod
     def points(x):
@@ -618,13 +634,7 @@ class Game:
     def critic(self, x, y):
         """The critic's loss at data x and samples y, [..., N, *shape] and [..., M, *shape]: [...]."""
         row, outputs = self.row, []
-
-        def keeping(t):         # f, its layers' outputs kept
-            h, own = layer_outputs(self.f, t)
-            outputs.extend(own)
-            return h
-
-        h_x, h_y, J = self.features(keeping if "activation" in row else self.f, x, y)
+        h_x, h_y, J = self.features(x, y, outputs if "activation" in row else None)
         if "encode" in row:
             return reconstruction(self.points(x), self.points(self.decoder(h_x)))
         if self.kind == "gan":
@@ -644,13 +654,14 @@ class Game:
         if "feasible" in row:
             loss = loss - row["feasible"] * feasible_set(h_x, h_y)
         if "autoencoder" in row:
-            loss = loss + row["autoencoder"] * sum(
-                reconstruction(self.points(t), self.points(self.decoder(h))) for t, h in ((x, h_x), (y, h_y)))
+            x_hat, y_hat = both(self.decoder, h_x, h_y)
+            loss = loss + row["autoencoder"] * (reconstruction(self.points(x), self.points(x_hat))
+                                                + reconstruction(self.points(y), self.points(y_hat)))
         return loss
 
     def generator(self, x, y):
         """The generator's loss at data x and samples y, [...], and their features h_x and h_y."""
-        row, (h_x, h_y, J) = self.row, self.features(self.f, x, y)
+        row, (h_x, h_y, J) = self.row, self.features(x, y)
         loss = gan_generator(h_y) if self.kind == "gan" else self.distance(h_x, h_y, J)
         if "feasible" in row:
             loss = loss + row["feasible"] * feasible_set(h_x, h_y)
@@ -809,6 +820,68 @@ def mlp(*sizes, norm=None):
     return nn.Sequential(*layers)
 
 
+class Layers(nn.Sequential):
+    """Layers one after another; of several sets at once, each batch norm by the statistics of every set.
+
+    [N S, ...] for S sets, as torch.stack(sets, 1).flatten(0, 1) puts them. outputs: a list to which those of
+    the activations and of the last layer are added, or None.
+    """
+
+    def forward(self, x, sets=1, outputs=None):
+        for layer in self:
+            if sets > 1 and isinstance(layer, nn.BatchNorm2d):      # the sets' channels side by side: no copy
+                n, c, *size = x.shape
+                weight, bias = layer.weight.repeat(sets), layer.bias.repeat(sets)
+                x = x.view(n // sets, sets * c, *size)
+                x = F.batch_norm(x, None, None, weight, bias, training=True, eps=layer.eps).view(n, c, *size)
+            else:
+                x = layer(x)
+            if outputs is not None and (isinstance(layer, nn.LeakyReLU) or layer is self[-1]):
+                outputs.append(x)
+        return x
+
+
+def both(f, x, y, outputs=None):
+    """f(x) and f(y), of Layers in one pass, which takes half of the kernels: x and y have one shape."""
+    if not isinstance(f, Layers):
+        return f(x), f(y)
+    return f(torch.stack([x, y], 1).flatten(0, 1), 2, outputs).unflatten(0, (-1, 2)).unbind(1)
+
+
+class Convolution(torch.autograd.Function):
+    """F.conv2d without a bias whose gradient in x is a transposed convolution of its own.
+
+    So the gradient's own gradient is the library's for transposed convolutions. PyTorch's for convolutions
+    takes filters as large as the image where a critic's slope is held. Under create_graph x alone has a
+    gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(x, weight, None, stride, padding)
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x, weight), (s, p) = ctx.saved_tensors, (ctx.stride, ctx.padding)
+        to_x = to_weight = None
+        if ctx.needs_input_grad[0]:
+            rest = [(n + 2 * q - k) % t for n, k, t, q in zip(x.shape[2:], weight.shape[2:], s, p)]
+            to_x = F.conv_transpose2d(slope, weight, None, s, p, rest)
+        if not torch.is_grad_enabled():
+            to_weight = torch.nn.grad.conv2d_weight(x, weight.shape, slope, s, p)
+        return to_x, to_weight, None, None
+
+
+class Conv2d(nn.Conv2d):
+    """torch's, by Convolution."""
+
+    def forward(self, x):
+        y = Convolution.apply(x, self.weight, self.stride, self.padding)
+        return y if self.bias is None else y + self.bias[:, None, None]
+
+
 class Stack(nn.Module):
     """Networks of one form as one, whose matrix products are batched: [B, N, in] to [B, N, out].
 
@@ -877,7 +950,7 @@ def dcgan_generator(noise, widths, channels, kernel=4, last=nn.Tanh, size=32):
     for i, (a, b) in enumerate(zip(widths, [*widths[1:], channels]), 1):
         layers += [batch_norm(a), nn.ReLU(inplace=True),
                    nn.ConvTranspose2d(a, b, kernel, 2, (kernel - 1) // 2, kernel % 2, bias=i == len(widths))]
-    return dcgan_init(nn.Sequential(*layers, last()))
+    return dcgan_init(Layers(*layers, last()))
 
 
 def dcgan_critic(channels, widths, out, kernel=4, norms=(batch_norm, batch_norm), size=32):
@@ -899,10 +972,10 @@ def dcgan_critic(channels, widths, out, kernel=4, norms=(batch_norm, batch_norm)
     layers = []
     for i, (a, b) in enumerate(zip([channels, *widths], widths)):
         norm = norms[min(i, len(norms) - 1)]
-        layers += [nn.Conv2d(a, b, kernel, 2, (kernel - 1) // 2, bias=norm is None),
+        layers += [Conv2d(a, b, kernel, 2, (kernel - 1) // 2, bias=norm is None),
                    *([norm(b)] if norm else []), nn.LeakyReLU(0.2, inplace=True)]
     pixels = (size // 2 ** len(widths)) ** 2
-    return dcgan_init(nn.Sequential(*layers, nn.Flatten(), nn.Linear(widths[-1] * pixels, out)))
+    return dcgan_init(Layers(*layers, nn.Flatten(), nn.Linear(widths[-1] * pixels, out)))
 
 
 def sngan_generator(noise, channels, width=64):
@@ -928,9 +1001,9 @@ def sngan_critic(channels, out, width=64):
     layers, before = [], channels
     for i, after in enumerate(width * m for m in (1, 2, 2, 4, 4, 8, 8)):
         shape = (4, 2, 1) if i % 2 else (3, 1, 1)
-        layers += [nn.Conv2d(before, after, *shape), nn.LeakyReLU(0.2, inplace=True)]
+        layers += [Conv2d(before, after, *shape), nn.LeakyReLU(0.2, inplace=True)]
         before = after
-    return dcgan_init(nn.Sequential(*layers, nn.Flatten(), nn.Linear(before * 16, out)))
+    return dcgan_init(Layers(*layers, nn.Flatten(), nn.Linear(before * 16, out)))
 
 
 def image_networks(nets, row, channels, size):
@@ -957,6 +1030,8 @@ def image_networks(nets, row, channels, size):
         norms = [kinds[name] for name in nets["norms"]]
         g = dcgan_generator(z, nets["g"], channels, kernel, last, size)
         f = dcgan_critic(channels, nets["f"], out, kernel, norms, size) if out else None
+    if f and not any(isinstance(layer, nn.BatchNorm2d) for layer in f):
+        f.to(memory_format=torch.channels_last)     # the faster layout, but for the reshaping of Layers
     if "spectral" in row:
         spectral(f, row["spectral"] == "learned")
     decoder = dcgan_generator(out, nets["g"], channels, kernel, last, size) if "autoencoder" in row else None
@@ -1443,12 +1518,14 @@ def reference_statistics(path, features, device):
                 name=f"{os.path.basename(stem)}, {len(statistics['features']):,} images")
 
 
-def score(images, reference, features, device):
+def score(images, reference, features, device, resampled=0, resamplings=10):
     """Scores of uint8 images [N, C, H, W] against reference_statistics, as a dict.
 
     fd: Frechet distance, FID if the network is FID's. kid, kid_std: KID, its std over subsets. isc, isc_std:
     Inception score, its std over splits, where the network has logits. features: the network's name. samples:
-    N. reference: its name and size. RuntimeError where the network fails.
+    N. reference: its name and size. Of resampled images or more, if not 0: fd_bootstrap, fd_bootstrap_std,
+    bootstrap_frechet_distance of the first so many, and bootstrap_samples, how many. RuntimeError where the
+    network fails.
     """
     found, logits = extract(features, images, device)
     fit = reference["mean"], reference["root"]
@@ -1456,19 +1533,11 @@ def score(images, reference, features, device):
     scores["kid"], scores["kid_std"] = kid(found, reference["features"], device=device)
     if logits is not None:
         scores["isc"], scores["isc_std"] = inception_score(logits, device=device)
+    if 0 < resampled <= len(found):
+        scores["fd_bootstrap"], scores["fd_bootstrap_std"] = bootstrap_frechet_distance(
+            found[:resampled], fit, resamplings, device=device)
+        scores["bootstrap_samples"] = resampled
     return dict(scores, features=features.name, samples=len(found), reference=reference["name"])
-
-
-def bootstrap_score(images, reference, features, device, resamplings=10):
-    """bootstrap_frechet_distance of uint8 images [N, C, H, W] to reference_statistics, as a dict.
-
-    fd_bootstrap, fd_bootstrap_std: mean and std over the resamplings. bootstrap_samples: N. RuntimeError
-    where the network fails.
-    """
-    found, _ = extract(features, images, device)
-    mean, std = bootstrap_frechet_distance(found, (reference["mean"], reference["root"]), resamplings,
-                                           device=device)
-    return dict(fd_bootstrap=mean, fd_bootstrap_std=std, bootstrap_samples=len(found))
 
 
 def score_files(images, reference, features=None, device=None):
@@ -1616,7 +1685,8 @@ def descend(*players):
                  for (_, loss), w in zip(players, weights)]
     for (optimizer, _), w, gradient in zip(players, weights, gradients):
         for p, p_gradient in zip(w, gradient):
-            p.grad = p_gradient.contiguous()        # that of a Stack may be transposed; fused Adam refuses it
+            same = p_gradient.stride() == p.stride()    # fused Adam refuses others: that of a Stack is transposed
+            p.grad = p_gradient if same else torch.empty_like(p).copy_(p_gradient)
         optimizer.step()
 
 
@@ -1650,6 +1720,17 @@ def restoring(state):
             tensor.zero_()
 
 
+@contextmanager
+def tuning():
+    """cuDNN tries all of its algorithms for each convolution that it meets here first, and keeps the fastest."""
+    cudnn = torch.backends.cudnn
+    before, (cudnn.benchmark, cudnn.benchmark_limit) = (cudnn.benchmark, cudnn.benchmark_limit), (True, 0)
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.benchmark_limit = before
+
+
 def capture(update, state):
     """update() as a function that replays it as one CUDA graph; on a CPU update itself.
 
@@ -1665,8 +1746,9 @@ def capture(update, state):
     for generator in generators:
         graph.register_generator_state(generator)
     with restoring(state):
-        for _ in range(3):      # real updates, which set up libraries and the optimizers' state
-            update()
+        with tuning():
+            for _ in range(3):      # real updates, which set up libraries and the optimizers' state
+                update()
         # A stream of its own: graphs captured on one stream share a workspace, and side by side turn to NaN.
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             update()

@@ -1,15 +1,17 @@
 """Milliseconds per update of cifar.py's methods on the present device, and what scoring takes.
 
-    python tests/bench.py                                 all methods: eager, captured, six side by side
+    python tests/bench.py                                 all methods, each alone
+    python tests/bench.py --method gram mmdgan --eager    and without CUDA graphs
     python tests/bench.py --method gram --side 2 4 8 16   how far side by side carries
     python tests/bench.py --method gram --profile         the kernels of an update
     python tests/bench.py metrics                         FID, KID, Inception score of 50,000 images, and
                                                           torch-fidelity's beside them if it is installed
     python tests/bench.py tf32 --features FILE            what TF32 does to scores of CIFAR-10's images
 
-Each in one process, so that the ratios hold. "kernels" is the sum of the GPU kernels' own times, the floor of
-a run alone, "number" how many they are. Updates and metrics are timed on random images, on which they do not
-depend; without FILE the network is FID's with random weights.
+Each in one process, so that the ratios hold. An update is the generator's with all of its critic's steps, but
+for MMD-GAN's bursts. "kernels" is the sum of the GPU kernels' own times, the floor of a run alone, "number"
+how many they are. Updates and metrics are timed on random images, on which they do not depend; without FILE
+the network is FID's with random weights.
 """
 import argparse
 import os
@@ -24,7 +26,7 @@ import cifar
 import common
 from conftest import inception_weights
 
-WARM, UPDATES = 30, 200
+WARM, UPDATES = 5, 100
 
 
 def milliseconds(methods, device, images, eager=False, profile=None):
@@ -182,7 +184,8 @@ def main():
     parser.add_argument("--features", metavar="FILE", help="of tf32: a feature network, .pt2 or .pth")
     parser.add_argument("--data", default="data", metavar="DIR", help="of tf32 (data)")
     parser.add_argument("--method", nargs="+", default=names, choices=names, metavar="NAME", help="(all)")
-    parser.add_argument("--side", nargs="+", type=int, default=[6], metavar="K", help="side by side (6)")
+    parser.add_argument("--eager", action="store_true", help="time updates that are not captured, too")
+    parser.add_argument("--side", nargs="+", type=int, default=[], metavar="K", help="and K side by side")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
     parser.add_argument("--profile", action="store_true", help="list the kernels of an update")
     args = parser.parse_args()
@@ -192,27 +195,31 @@ def main():
     if args.what == "tf32":
         return tf32(device, args.features, args.data)
     cifar.LOG_EVERY = cifar.GRID_EVERY = cifar.SAVE_EVERY = 10 ** 9
+    cifar.BURST_UNTIL = 1
     if device.type == "cpu":
         WARM, UPDATES = 2, 6
     images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8).to(device)
-    print(f"{', '.join(common.machine(device).values())}, batch {cifar.BATCH}, "
-          f"milliseconds per update, mean of {UPDATES}")
-    rows = []
+    print(f"{', '.join(common.machine(device).values())}, milliseconds per update, mean of {UPDATES}")
+    head, rows = ["method", "MiB", "captured"], []
+    head += ["eager", "gain"] * args.eager + ["kernels", "number"] * args.profile
+    head += [cell for k in args.side for cell in (f"{k} side by side", "throughput")]
     for method in args.method:
-        eager, _ = milliseconds([method], device, images, eager=True)
         alone, memory = milliseconds([method], device, images)
-        floor = kernels(method, device, images) if device.type == "cuda" else []
-        row = [method, f"{eager:.2f}", f"{alone:.2f}", f"{eager / alone:.1f}x",
-               f"{sum(k[0] for k in floor):.2f}", f"{sum(k[1] for k in floor):.0f}"]
+        row = [method, f"{memory:.0f}", f"{alone:.2f}"]
+        if args.eager:
+            eager, _ = milliseconds([method], device, images, eager=True)
+            row += [f"{eager:.2f}", f"{eager / alone:.1f}x"]
+        if args.profile:
+            floor = kernels(method, device, images)
+            row += [f"{sum(k[0] for k in floor):.2f}", f"{sum(k[1] for k in floor):.0f}"]
+            for ms, calls, name in floor[:25]:
+                print(f"{ms * 1e3:9.1f} us {calls:7.1f} x  {name[:100]}")
         for k in args.side:
             side, _ = milliseconds([method] * k, device, images)
             row += [f"{side:.2f}", f"{alone / side:.1f}x"]
-        rows.append([*row, f"{memory:.0f}"])
-        if args.profile:
-            for ms, calls, name in floor[:25]:
-                print(f"{ms * 1e3:9.1f} us {calls:7.1f} x  {name[:100]}")
-    sides = [cell for k in args.side for cell in (f"{k} side by side", "throughput")]
-    print(common.table(["method", "eager", "captured", "gain", "kernels", "number", *sides, "MiB"], rows))
+        rows.append(row)
+        print(f"{' '.join(row)}", flush=True)
+    print(common.table(head, rows))
 
 
 if __name__ == "__main__":

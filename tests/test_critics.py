@@ -89,6 +89,19 @@ def test_gradient_penalty_of_a_flat_critic_is_finite():
     assert float(found.detach()) == 1 and torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("a", [0.0, 1.0])
+def test_gradient_penalty_at_a_point_of_either_set_is_finite(a):
+    """Where the distance kernel has its kink: TF32 rounds points near x to x."""
+    f = common.dcgan_critic(3, (4, 8), 5, norms=(None, None), size=8)
+    x, y = torch.rand(2, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    h_x, h_y = f(x), f(y)
+    for best in (lambda h: common.cramer_witness(h, h_y),
+                 lambda h: common.witness(common.distance, h, h_x, h_y)):
+        penalty = common.gradient_penalty(lambda t: best(f(t)), x, y, torch.full((6,), a))
+        gradient = torch.autograd.grad(penalty, list(f.parameters())[:-1], retain_graph=True)
+        assert all(g.isfinite().all() for g in gradient) and any(g.abs().max() > 0 for g in gradient)
+
+
 def test_feasible_set_by_hand():
     """Means of x (1, 5), of y (3, 2): only the first output breaks E f(x) >= E f(y), by 2."""
     h_x, h_y = torch.tensor([[0.0, 4.0], [2.0, 6.0]]), torch.tensor([[3.0, 2.0]])
@@ -279,12 +292,14 @@ def test_scaled_losses_against_autograd():
 def test_activation_penalty_by_hand():
     f = common.dcgan_critic(3, (4, 8), 2, norms=(None, None), size=8)
     x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    out, layers = common.layer_outputs(f, x)
-    first = nn.functional.leaky_relu(f[0](x), 0.2)
-    second = nn.functional.leaky_relu(f[2](first), 0.2)
-    assert torch.equal(out, f(x)) and [h.shape[1:] for h in layers] == [(4, 4, 4), (8, 2, 2), (2,)]
-    expected = (first ** 2).mean() + (second ** 2).mean() + (out ** 2).mean()
-    assert float(common.activation_penalty(layers)) == pytest.approx(float(expected))
+    y, layers, expected = 3 * torch.rand(x.shape), [], 0
+    common.both(f, x, y, layers)
+    assert [h.shape for h in layers] == [(10, 4, 4, 4), (10, 8, 2, 2), (10, 2)]
+    for t in (x, y):
+        first = nn.functional.leaky_relu(f[0](t), 0.2)
+        second = nn.functional.leaky_relu(f[2](first), 0.2)
+        expected += float((first ** 2).mean() + (second ** 2).mean() + (f(t) ** 2).mean())
+    assert float(common.activation_penalty(layers)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("learned", [False, True])

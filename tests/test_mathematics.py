@@ -370,3 +370,19 @@ def test_distance_kernel_has_finite_slopes():
     x = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
     common.mmd2(*common.gram(common.distance, x, 0 * x)).backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", [common.dot, common.distance, common.unit_gaussian])
+def test_mmd_and_slope_of_the_witness_do_not_feel_the_origin(kernel):
+    """In float32, with features a million away from 0 as a critic's may be, and in float64 at 0."""
+    rng = torch.Generator().manual_seed(0)
+    x, y, t = (torch.randn(9, 4, generator=rng).mul(64).round() / 64 for _ in range(3))    # exact far away
+    y = y + 1
+    found = []
+    for shift, dtype in ((2.0 ** 16, torch.float32), (0, torch.float64)):
+        a, b, c = ((points + shift).to(dtype).requires_grad_() for points in (x, y, t))
+        mmd2 = common.mmd2(*common.gram(kernel, a, b), unbiased=True)
+        slope, = torch.autograd.grad(common.witness(kernel, c, a, b).sum(), c, retain_graph=True)
+        found.append([v.double() for v in (mmd2, slope, *torch.autograd.grad(mmd2, [a, b]))])
+    for far, near in zip(*found):
+        torch.testing.assert_close(far, near, rtol=1e-4, atol=1e-5)

@@ -65,6 +65,39 @@ def test_one_channel():
     assert common.dcgan_critic(1, (8, 16, 32), 5)(torch.rand(3, 1, 32, 32)).shape == (3, 5)
 
 
+@pytest.mark.parametrize("norm", [None, common.batch_norm, common.layer_norm])
+def test_both_sets_in_one_pass_equal_either_alone(norm):
+    """Values, gradients of the weights, and of the samples, with batch norms that see each set apart."""
+    torch.manual_seed(0)
+    f = common.dcgan_critic(3, (4, 8), 5, norms=(norm, norm), size=8).double()
+    x, y = torch.rand(2, 6, 3, 8, 8, dtype=torch.float64)
+    y = (3 * y - 1).requires_grad_()
+    found, wanted = common.both(f, x, y), (f(x), f(y))
+    for a, b in zip(found, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    wheres = [y, *f.parameters()]
+    for a, b in zip(*(torch.autograd.grad((h[0].square().sum() - h[1].sin().sum()), wheres)
+                      for h in (found, wanted))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel, stride, padding, size", [(4, 2, 1, 8), (5, 2, 2, 8), (3, 1, 1, 5), (5, 2, 2, 7)])
+def test_convolution_and_its_gradients_equal_pytorch_s(kernel, stride, padding, size):
+    """First derivatives, and the slope's in the weights, which PyTorch takes another way."""
+    torch.manual_seed(0)
+    ours = common.Conv2d(3, 4, kernel, stride, padding).double()
+    layer = torch.nn.Conv2d(3, 4, kernel, stride, padding).double()
+    layer.load_state_dict(ours.state_dict())
+    x, found = torch.rand(2, 3, size, size, dtype=torch.float64, requires_grad=True), []
+    for conv in (ours, layer):
+        y = conv(x).tanh()
+        first = torch.autograd.grad(y.square().sum(), [x, *conv.parameters()], retain_graph=True)
+        slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
+        found.append([y, *first, slope, *torch.autograd.grad(slope.square().sum(), [x, *conv.parameters()])])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
 def test_batch_norm_has_no_memory():
     """Samples are the same before and after another batch, and in training and evaluation mode."""
     g, z = common.dcgan_generator(16, (32, 16, 8), 3), torch.randn(20, 16)
