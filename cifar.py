@@ -3,18 +3,16 @@
     python cifar.py --method gram --features FILE.pt2       under 2 minutes on an H200, an hour on a CPU core
     python cifar.py --method gram gan mmdgan --seeds 3 --features FILE.pt2          at once, side by side
     python cifar.py --table scaled                          the methods of a paper's table beside its numbers
-    python cifar.py --figure bias                           what estimates of FID and KID are worth, 4 minutes
+    python cifar.py --figure scores                         scores over training, updates and seconds
 
 Expect a Frechet distance of 29 ± 3 from gram on EfficientNet-Lite0 features (FID has others; see README.md).
 A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json;
 the curves of all runs of a command are runs/cifar-curves.png.
 """
-import os
 import sys
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -27,7 +25,7 @@ RBF = (2, 5, 10, 20, 40, 80)            # Demystifying MMD GANs, section 5; GMMN
 ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its code has 0.1, 1, 10
 LAMBDA = 1.0                # GRAM, eq. 9
 BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # MMD-GAN's critic steps: at updates 1 to 25, every 500th
-ENCODE = 20_000             # steps of GMMN+AE's autoencoder, before all; ours, the paper trains layer by layer
+ENCODE = 20_000             # steps of GMMN+AE's autoencoder, all at first; ours, the paper's go by layers
 AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
                             # t^3; the average, mirrored data, the data's contrast are ours: see README.md
 ADAPT_EVERY, WINDOW, PATIENCE = 2_000, 10, 3        # rates that adapt, Demystifying MMD GANs, section 5
@@ -35,7 +33,7 @@ LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6              # mbinkowski/MMD-GAN, gan/ut
 SAMPLES = 10_000            # to keep and to score, but for --table
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
-GRID_EVERY = 20_000         # and, with --features, scores
+GRID_EVERY = 20_000         # and, with --features, scores; a row may have its own
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
 
 # Widths of generator and critic, size of their filters, norms behind the critic's first convolution and the
@@ -58,8 +56,9 @@ NETS = {
 # distance and the weights of its terms: common.Game says, but for gram. critic: its outputs, 0 for no critic.
 # steps: of the critic to one of the generator; gram moves both at once. adam: rate, betas; adam_g: those of
 # the generator, if others; rmsprop: rate. clip: bound of the critic's weights. spectral: its gains. decay: of
-# rates that adapt to KID. README.md says how rates and ridges of gram were found; 16, 8, the bound and the
-# burst are OctoberChang/MMD-GAN's, GAMN's weights ours, scale is that of Scaled MMD, section 4.
+# rates that adapt to KID. every: see GRID_EVERY. paper: Inception score, FID, KID of its table.
+# README.md says how rates and ridges of gram were found; 16, 8, the bound and the burst are OctoberChang/
+# MMD-GAN's, GAMN's weights ours, scale is that of Scaled MMD, section 4.
 GRAM = dict(nets="gram", distance="gram", kernel="li", critic=128, steps=0, adam=(4e-4, 0.5, 0.999))
 PRINTED = dict(GRAM, ridge=1e-3, adam=(5e-5, 0.5, 0.999))      # the paper's rate, JuliaGRAM's ridge
 GAN = dict(nets="gram", distance="gan", critic=1, steps=1, adam=(2e-4, 0.5, 0.999))
@@ -67,93 +66,114 @@ LI = dict(nets="gram", distance="mmd", kernel="li", critic=128, steps=5, rmsprop
 FULL = dict(LI, autoencoder=8.0, feasible=16.0)
 MMD = dict(nets="dcgan", distance="mmd2", critic=16, steps=5, adam=(1e-4, 0.5, 0.9), decay=0.5)
 ONE, TEN = dict(penalty=("gradient", 1.0)), dict(penalty=("gradient", 10.0))
+FAR = dict(MMD, **TEN, kernel="distance", critic=256)
 GAMN = dict(nets="gamn", distance="mmd", kernel="rbf", critic=10, steps=5, adam=(1e-4, 0.5, 0.9))
 GMMN = dict(nets="gmmn", distance="mmd", kernel="rbf", critic=0, steps=0, adam=(1e-3, 0.5, 0.999),
             batch=1_000)        # its code has momentum; rate and Adam are ours
 SCALED = dict(MMD, nets="sngan", kernel="unit", critic=1, decay=0.8, scale=10.0)
-SN = dict(SCALED, spectral="fixed")
+SN, LEARNED, OFTEN = dict(SCALED, spectral="fixed"), dict(SCALED, spectral="learned"), dict(every=2_500)
 METHODS = {
-    "gram":           dict(GRAM, form="swap", ridge=1.0),               # eq. 9, p and q exchanged
-    "gram-flow":      dict(GRAM, form="flow", ridge=1e-2),              # GRAMFlow's objective
-    "gram-eq9":       dict(PRINTED, form="sum"),                        # eq. 9 as printed
-    "gram-clip":      dict(PRINTED, form="clip"),                       # footnote 3
-    "gram-adaptive":  dict(GRAM, form="swap", ridge=1.0, decay=0.5),
-    "gan":            dict(GAN, adam_g=(4e-4, 0.5, 0.999)),
-    "mmdnet":         dict(GRAM, distance="mmd", critic=0, adam=(1e-3, 0.5, 0.999)),
-    "gram-weak":      dict(GRAM, form="swap", ridge=1.0, nets="weak"),  # Table 1, the weaker critic
-    "gan-weak":       dict(GAN, nets="weak"),
-    "mmdgan-weak":    dict(FULL, nets="weak"),
-    "mmdgan":         FULL,
-    "mmdgan-noae":    dict(LI, feasible=16.0),                          # Table 4
-    "mmdgan-nofsr":   dict(LI, autoencoder=8.0),
-    "mmdgan-plain":   LI,
-    "mmdgan-conv":    dict(FULL, nets="li"),                            # Table 2
-    "mmd-rqdot":      dict(MMD, **ONE, kernel="rq*", activation=1.0),   # footnote 19
-    "mmd-rq":         dict(MMD, **ONE, kernel="rq"),
-    "mmd-rbf":        dict(MMD, **ONE, kernel="rbf"),
-    "mmd-dot":        dict(MMD, **ONE, kernel="dot"),
-    "mmd-dist":       dict(MMD, **TEN, kernel="distance", critic=256, activation=1e-4),
-    "cramer":         dict(MMD, **TEN, kernel="distance", critic=256, distance="cramer"),
-    "wgan-gp":        dict(MMD, **TEN, critic=1, distance="wasserstein"),
-    "gamn":           dict(GAMN, **TEN),                                # eq. 7; its weights are ours
-    "gamn-2":         dict(GAMN, **TEN, critic=2),                      # Table 3
-    "gamn-3":         dict(GAMN, **TEN, critic=3),
-    "gamn-mmd":       dict(GAMN, **TEN, data_mmd=True),                 # the advice of "Robustness"
-    "gamn-l1":        dict(GAMN, penalty=("l1", 1e-3)),                 # eq. 9
-    "gamn-l2":        dict(GAMN, penalty=("l2", 1e-3)),                 # eq. 8
-    "gamn-classical-l2": dict(GAMN, penalty=("l2-all", 1e-3)),          # footnote 3
-    "gmmn":           GMMN,
-    "gmmn-ae":        dict(GMMN, nets="gmmn-ae", kernel="unit", encode=True),
-    "wgan":           dict(nets="wgan", distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, clip=0.01),
-    "smmd":           dict(SCALED, distance="smmd"),
-    "sn-smmd":        dict(SCALED, distance="smmd", spectral="learned"),
-    "swgan":          dict(SCALED, distance="swgan"),
-    "sn-swgan":       dict(SCALED, distance="swgan", spectral="learned"),
-    "sn-gan":         dict(SN, distance="gan"),
-    "sobolev":        dict(SCALED, distance="sobolev", rho=1e-6),       # rho is ours
-    "mmd-gp-l2":      dict(SCALED, **ONE, activation=1.0),
-    "mmd-plain":      SCALED,                                           # Table 2
-    "sn-mmd":         SN,
-    "sn-wgan":        dict(SN, distance="wasserstein"),
-    "sn-mmd-gp":      dict(SCALED, **ONE, spectral="learned"),
-    "sn-wgan-gp":     dict(SCALED, **TEN, spectral="learned", distance="wasserstein"),
-    "sn-mmd-gp-l2":   dict(SCALED, **ONE, spectral="learned", activation=1.0),
-    "sn-mmd-l2":      dict(SN, activation=1.0),
+    "gram":         dict(GRAM, form="swap", ridge=1.0, paper="5.54, 24.85 ± 0.94"), # eq. 9, p and q exchanged
+    "gram-flow":    dict(GRAM, form="flow", ridge=1e-2),                                # GRAMFlow's objective
+    "gram-eq9":     dict(PRINTED, form="sum", paper="5.54, 24.85 ± 0.94"),              # eq. 9 as printed
+    "gram-clip":    dict(PRINTED, form="clip"),                                         # footnote 3
+    "gram-adaptive": dict(GRAM, form="swap", ridge=1.0, decay=0.5),
+    "gan":          dict(GAN, adam_g=(4e-4, 0.5, 0.999), paper="5.13, 26.82 ± 0.49"),
+    "mmdnet":       dict(GRAM, distance="mmd", critic=0, adam=(1e-3, 0.5, 0.999)),
+    "gram-weak":    dict(GRAM, form="swap", ridge=1.0, nets="weak", paper="-, 24.82 ± 0.62"),   # Table 1
+    "gan-weak":     dict(GAN, nets="weak", paper="-, 31.64 ± 2.10"),
+    "mmdgan-weak":  dict(FULL, nets="weak", paper="-, 210.85 ± 8.92"),
+    "mmdgan":       dict(FULL, paper="5.29, 40.00 ± 0.56"),
+    "mmdgan-noae":  dict(LI, feasible=16.0, paper="5.40"),                              # Table 4
+    "mmdgan-nofsr": dict(LI, autoencoder=8.0, paper="3.26"),
+    "mmdgan-plain": dict(LI, paper="3.51"),
+    "mmdgan-conv":  dict(FULL, nets="li", paper="-, 38.39 ± 0.28"),                     # Table 2
+    "mmd-rqdot":    dict(MMD, **ONE, kernel="rq*", activation=1.0, paper="6.51, 39.90, .027"),  # footnote 19
+    "mmd-rq":       dict(MMD, **ONE, kernel="rq"),
+    "mmd-rbf":      dict(MMD, **ONE, kernel="rbf"),
+    "mmd-dot":      dict(MMD, **ONE, kernel="dot"),
+    "mmd-dist":     dict(FAR, activation=1e-4, paper="6.39, 40.25, .028"),              # footnote 19
+    "cramer":       dict(FAR, distance="cramer", paper="6.39, 40.27, .028"),
+    "wgan-gp":      dict(MMD, **TEN, critic=1, distance="wasserstein",
+                         paper="6.53, 37.52, .026; Scaled MMD 6.68, 40.2, .024; GAMN 6.16"),
+    "gamn":         dict(GAMN, **TEN, **OFTEN, paper="6.44"),                           # eq. 7
+    "gamn-2":       dict(GAMN, **TEN, critic=2, paper="6.43"),                          # Table 3
+    "gamn-3":       dict(GAMN, **TEN, critic=3, paper="6.43"),
+    "gamn-mmd":     dict(GAMN, **TEN, data_mmd=True),                                   # as "Robustness" says
+    "gamn-l1":      dict(GAMN, penalty=("l1", 1e-3), paper="6.35"),                     # eq. 9
+    "gamn-l2":      dict(GAMN, penalty=("l2", 1e-3), paper="6.25"),                     # eq. 8
+    "gamn-classical-l2": dict(GAMN, penalty=("l2-all", 1e-3), paper="6.01"),            # footnote 3
+    "gmmn":         dict(GMMN, paper="2.45"),
+    "gmmn-ae":      dict(GMMN, nets="gmmn-ae", kernel="unit", encode=True, paper="2.78"),
+    "wgan":         dict(nets="wgan", distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, clip=0.01,
+                         paper="5.61"),
+    "smmd":         dict(SCALED, **OFTEN, distance="smmd", paper="7.48, 25.1, .015"),
+    "sn-smmd":      dict(LEARNED, **OFTEN, distance="smmd", paper="7.43, 24.5, .015"),
+    "swgan":        dict(SCALED, distance="swgan"),
+    "sn-swgan":     dict(LEARNED, distance="swgan", paper="7.34, 27.9, .016"),
+    "sn-gan":       dict(SN, distance="gan", paper="7.29, 26.1, .015"),
+    "sobolev":      dict(SCALED, distance="sobolev", rho=1e-6, paper="3.21, 132.2, .113"),      # rho is ours
+    "mmd-gp-l2":    dict(SCALED, **ONE, activation=1.0, paper="7.55, 23.6, .014"),
+    "mmd-plain":    dict(SCALED, paper="7.01, 30.9, .02"),                              # Table 2
+    "sn-mmd":       dict(SN, paper="5.23, 69.0, .046"),
+    "sn-wgan":      dict(SN, distance="wasserstein", paper="2.95, 162.3, .125"),
+    "sn-mmd-gp":    dict(LEARNED, **ONE, paper="5.02, 137.0, .084"),
+    "sn-wgan-gp":   dict(LEARNED, **TEN, distance="wasserstein", paper="4.49, 73.1, .058"),
+    "sn-mmd-gp-l2": dict(LEARNED, **ONE, activation=1.0, paper="7.43, 23.4, .015"),
+    "sn-mmd-l2":    dict(SN, activation=1.0, paper="4.46, 67.0, .053"),
 }
-METHODS |= {f"{name}-16": dict(METHODS[name], nets="dcgan16")
-            for name in ("mmd-rqdot", "mmd-rq", "mmd-rbf", "mmd-dot", "mmd-dist", "cramer", "wgan-gp")}
-METHODS |= {f"{name}-300": dict(METHODS[name], batch=300) for name in METHODS if name.startswith("mmdgan")}
-METHODS |= {f"gram-k{k}": dict(METHODS["gram"], critic=k) for k in (2, 8, 32, 128, 512, 1024, 2048)}
+METHODS |= {f"{name}-16": dict(METHODS[name], nets="dcgan16", paper=paper) for name, paper in {
+    "mmd-rqdot": "5.86, 48.10, .032", "mmd-rq": "-", "mmd-rbf": "-", "mmd-dot": "-",
+    "mmd-dist": "4.53, 80.48, .061", "cramer": "4.67, 74.93, .060", "wgan-gp": "3.15, 147.09, .116"}.items()}
+METHODS["mmd-rqdot-16"] |= OFTEN
+METHODS["wgan-gp-16"] |= OFTEN
+METHODS |= {f"{name}-300": dict(METHODS[name], batch=300, paper=paper) for name, paper in {
+    "mmdgan": "5.43", "mmdgan-noae": "5.15", "mmdgan-nofsr": "3.68", "mmdgan-plain": "3.87"}.items()}
+
+# GRAM, Figure 5: {axis: {row: its place there}}; the paper's values of a and b are not in its text
+SWEEPS = {
+    "5": {"learning rate": {f"{name}-lr{rate:.5f}": rate for name in ("gram", "gan", "mmdgan")
+                            for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)},
+          "batch size": {f"{name}-batch{n}": n for name in ("gram", "gan", "mmdgan")
+                         for n in (16, 32, 64, 128, 256)}},
+    "5c": {"K, the critic's dimension": {f"gram-k{k}": k for k in (2, 8, 32, 128, 512, 1024, 2048)}},
+}
+for axis, own in (SWEEPS["5"] | SWEEPS["5c"]).items():
+    for name, value in own.items():
+        row = METHODS[name.rsplit("-", 1)[0]]
+        METHODS[name] = dict(row, paper="-", **{
+            "learning rate": {key: value if key == "rmsprop" else (value, *row[key][1:])
+                              for key in ("adam", "adam_g", "rmsprop") if key in row},
+            "batch size": dict(batch=value), "K, the critic's dimension": dict(critic=value)}[axis])
 METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
+
+# The rows of a paper's table and its number of samples, ours for GRAM and GAMN
+TABLES = {
+    "gram": (10_000, "mmdgan gan gram mmdgan-weak gan-weak gram-weak mmdgan-conv mmdgan-noae mmdgan-nofsr "
+                     "mmdgan-plain mmdgan-300 mmdgan-noae-300 mmdgan-nofsr-300 mmdgan-plain-300"),
+    "demystifying": (25_000, "mmd-rqdot-16 mmd-rqdot cramer mmd-dist-16 mmd-dist cramer-16 wgan-gp-16 "
+                             "wgan-gp"),
+    "gamn": (50_000, "gmmn gmmn-ae wgan wgan-gp gamn gamn-2 gamn-3 gamn-l1 gamn-l2 gamn-classical-l2"),
+    "scaled": (50_000, "mmd-gp-l2 wgan-gp sn-gan sobolev smmd sn-smmd sn-swgan mmd-plain sn-mmd sn-wgan "
+                       "sn-mmd-gp sn-wgan-gp sn-mmd-gp-l2 sn-mmd-l2"),
+}
+FIGURES = {name: dict(method=[row for own in panels.values() for row in own], steps=10_000)
+           for name, panels in SWEEPS.items()}
+FIGURES |= {"scores": dict(method=["smmd", "sn-smmd", "mmd-rqdot-16", "wgan-gp-16"], steps=20_000),
+            "singular": dict(method=["smmd", "sn-smmd"], steps=20_000),     # Scaled MMD, Figures 2b and 7
+            "gamn": dict(method=["gamn"]), "neighbours": dict(method=["gram"]),         # GRAM, Figure 4
+            "bias": {}, "noise": {}}
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
 READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")       # condition: of the matrix the ratio inverts
-CURVES = {"fd": "Fréchet distance to the test images", "mean_r": "mean of r",
-          "condition": "condition number of K + ridge I", "spread": "variance of f(x) over variance of f(y)"}
-# A paper's table: its number of samples (ours for GRAM and GAMN), and Inception score, FID, KID of each row
-TABLES = {
-    "gram": (10_000, {
-        "mmdgan": "5.29, 40.00 ± 0.56", "gan": "5.13, 26.82 ± 0.49", "gram": "5.54, 24.85 ± 0.94",
-        "mmdgan-weak": "-, 210.85 ± 8.92", "gan-weak": "-, 31.64 ± 2.10", "gram-weak": "-, 24.82 ± 0.62",
-        "mmdgan-conv": "-, 38.39 ± 0.28", "mmdgan-noae": "5.40", "mmdgan-nofsr": "3.26",
-        "mmdgan-plain": "3.51", "mmdgan-300": "5.43", "mmdgan-noae-300": "5.15", "mmdgan-nofsr-300": "3.68",
-        "mmdgan-plain-300": "3.87"}),
-    "demystifying": (25_000, {
-        "mmd-rqdot-16": "5.86, 48.10, .032", "mmd-rqdot": "6.51, 39.90, .027", "cramer": "6.39, 40.27, .028",
-        "mmd-dist-16": "4.53, 80.48, .061", "mmd-dist": "6.39, 40.25, .028", "cramer-16": "4.67, 74.93, .060",
-        "wgan-gp-16": "3.15, 147.09, .116", "wgan-gp": "6.53, 37.52, .026"}),
-    "gamn": (50_000, {
-        "gmmn": "2.45", "gmmn-ae": "2.78", "wgan": "5.61", "wgan-gp": "6.16", "gamn": "6.44",
-        "gamn-2": "6.43", "gamn-3": "6.43", "gamn-l1": "6.35", "gamn-l2": "6.25",
-        "gamn-classical-l2": "6.01"}),
-    "scaled": (50_000, {
-        "mmd-gp-l2": "7.55, 23.6, .014", "wgan-gp": "6.68, 40.2, .024", "sn-gan": "7.29, 26.1, .015",
-        "sobolev": "3.21, 132.2, .113", "smmd": "7.48, 25.1, .015", "sn-smmd": "7.43, 24.5, .015",
-        "sn-swgan": "7.34, 27.9, .016", "mmd-plain": "7.01, 30.9, .02", "sn-mmd": "5.23, 69.0, .046",
-        "sn-wgan": "2.95, 162.3, .125", "sn-mmd-gp": "5.02, 137.0, .084", "sn-wgan-gp": "4.49, 73.1, .058",
-        "sn-mmd-gp-l2": "7.43, 23.4, .015", "sn-mmd-l2": "4.46, 67.0, .053"}),
+FD, SCORE = "Fréchet distance to the test images", "Inception score, by the feature network's logits"
+CURVES = {      # over updates, or over seconds of a run alone: Scaled MMD, Figures 2a and 8; GAMN, Figure 5
+    "all": {("fd", "update"): FD, ("mean_r", "update"): "mean of r",
+            ("condition", "update"): "condition number of K + ridge I",
+            ("spread", "update"): "variance of f(x) over variance of f(y)"},
+    "scores": {(name, over): title for over in ("update", "second")
+               for name, title in (("fd", FD), ("kid", "KID"), ("isc", SCORE))},
+    "gamn": {("loss_g", "update"): "MMD of the mapped batches", ("isc", "update"): SCORE},
 }
-FIGURES = {"5c": dict(method=[name for name in METHODS if name.startswith("gram-k")], steps=20_000),
-           "neighbours": dict(method=["gram"]), "bias": {}, "noise": {}}
 ESTIMATES = 100             # for each n of --figure bias, Demystifying MMD GANs, Figure 1
 KID_N, FID_N = (50, 100, 200, 500, 1_000, 2_000), (1_000, 2_500, 5_000, 7_500, 10_000)
 CENSORED, CENSORED_M = 2048, (10_000, 20_000, 50_000, 100_000)      # dimension and sample sizes of its D.2
@@ -164,45 +184,33 @@ def networks(row):
     return common.image_networks(row["nets"], row, 3, 32)
 
 
-def kernels(sigma, rbf, alpha):
-    """The kernels that rows name, from [N, D] and [M, D] to [S, N, M]; SIGMA, RBF and ALPHA as tensors."""
-    return {"li": lambda x, y: common.gaussian(x, y, sigma), "rbf": lambda x, y: common.gaussian(x, y, rbf),
-            "rq": lambda x, y: common.rational_quadratic(x, y, alpha), "dot": common.dot,
-            "rq*": lambda x, y: torch.cat([common.rational_quadratic(x, y, alpha), common.dot(x, y)], -3),
-            "distance": common.distance, "unit": common.unit_gaussian}
-
-
 def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES, judge=(None, None)):
     """One run: a generator function that yields after each generator update and returns the run's result.
 
     samples: how many to keep and to score. judge: load_features() and reference_statistics().
     """
     row, (features, reference) = METHODS[method], judge
-    nets, batch = row["nets"], row.get("batch", BATCH)
-    noise = common.normal_noise if nets["noise"] == "normal" else common.uniform_noise
+    nets, batch, grid_every = row["nets"], row.get("batch", BATCH), row.get("every", GRID_EVERY)
+    before = common.gpu_memory(device)
     torch.manual_seed(seed)
     g, f, decoder = (network.to(device) if network else None for network in networks(row))
-    opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
-    average = common.Average(g, AVERAGE)
-    sampler = nn.Sequential(average, *([decoder] if "encode" in row else []),
-                            *([common.Signed()] if "unit" in nets else []),
-                            common.Contrast(3).fit(images).to(device))
+    sampler = common.Sampler(g, nets, AVERAGE, images, decoder if "encode" in row else None).to(device)
     critic = nn.ModuleList([network for network in (f, decoder) if network])
     critic.register_buffer("multiplier", torch.zeros((), device=device))        # Sobolev GAN's
+    opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
     opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop")) if f else None
     rng = torch.Generator(device).manual_seed(seed)
     log = common.Log(folder, COLUMNS, steps, device, READINGS)
     state = dict(g=g, opt_g=opt_g, critic=critic, sampler=sampler, rng=rng, log=log)
     state |= dict(opt_f=opt_f) if f else {}
-    numbers = (torch.tensor(v, dtype=torch.float32, device=device) for v in (SIGMA, RBF, ALPHA))
-    kernel = kernels(*numbers).get(row.get("kernel"))
+    kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))
     game = common.Game(row, f, decoder, kernel, critic.multiplier, rng)
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
     loss_ascent = torch.zeros((), device=device)                        # of the critic's last step
 
     def draw():
         x = common.flip_images(common.draw_images(images, batch, rng), rng)
-        return (x + 1) / 2 if "unit" in nets else x, g(noise(batch, nets["z"], rng))
+        return (x + 1) / 2 if "unit" in nets else x, g(sampler.noise(batch, rng))
 
     def ascend():
         x, y = draw()
@@ -229,36 +237,35 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
                 common.descend((opt_g, loss_g))
             means = loss_ascent if f else None, loss_g, None, None
         log.add(*means, h_x.var(0).sum() / h_y.var(0).sum() if f else None)
-        average.follow(g)
+        sampler.follow(g)
 
     def critic_steps(step):
         if "encode" in row:
             return ENCODE if step == 0 else 0
         return BURST if "burst" in row and (step < BURST_UNTIL or step % BURST_EVERY == 0) else row["steps"]
 
+    def cycle(n):
+        for _ in range(n):
+            ascend()
+        update()
+
     def readings(step):
         found = {}
         if "ridge" in row:
             values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
             found["condition"] = float((values[:, -1] / values[:, 0]).max())
-        if features and (step % GRID_EVERY == 0 or step == steps):
-            rescore(step == steps)
-            found |= scores
+        if features and (step % grid_every == 0 or step == steps):
+            found |= score(samples if step == steps else SAMPLES)
         if adaptive and step % ADAPT_EVERY == 0:
-            found["p"] = adaptive.step(codes(sample(CODES, step)))
+            found["p"] = adaptive.step(codes(sampler.draw(CODES, step)))
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
 
-    @torch.no_grad()
-    def sample(n, seed=0):      # of a seed's noise; batch norm by at most 500 at a time (common.batch_norm)
-        z = noise(n, nets["z"], torch.Generator().manual_seed(seed)).to(device)
-        return torch.cat([common.to_bytes(sampler(part)) for part in z.split(500)]).cpu()
-
-    def rescore(last):
+    def score(n):
         scores.clear()
-        drawn = sample(samples if last else SAMPLES)
         with common.scoring(folder):
-            scores.update(common.score(drawn, reference, features, device, BOOTSTRAP, RESAMPLINGS))
+            scores.update(common.score(sampler.draw(n), reference, features, device, BOOTSTRAP, RESAMPLINGS))
+        return scores
 
     def codes(some):
         return common.extract(features, some, device)[0].to(device)
@@ -272,56 +279,34 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     update = common.capture(update, state)
     if row["steps"] or "encode" in row:
         ascend = common.capture(ascend, state)
+    speed = dict(milliseconds=common.milliseconds(lambda: cycle(row["steps"]), state, device),
+                 MiB=common.gpu_memory(device) - before)
     log.start(step)
     while step < steps:
-        for _ in range(critic_steps(step)):
-            ascend()
-        update()
+        cycle(critic_steps(step))
         step += 1
         if step % LOG_EVERY == 0 or step == steps:
             log.row(step, lambda: readings(step))
-        if step % GRID_EVERY == 0 or step == steps:
-            common.save_grid(f"{folder}/samples-{step}.png", sample(128))
+        if step % grid_every == 0 or step == steps:
+            common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(128))
+            if "width" in nets:
+                with common.replacing(f"{folder}/singular-{step}.npz") as file:
+                    np.savez(file, *(values.cpu() for values in common.singular_values(f)))
         if step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
         yield
 
     if features and not scores:         # a run that had been trained before
-        rescore(True)
+        score(samples)
     with common.replacing(f"{folder}/samples.npy") as file:
-        np.save(file, sample(samples).numpy())
-    return dict(method=method, seed=seed, updates=step, seconds=log.seconds,
+        np.save(file, sampler.draw(samples).numpy())
+    return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,
                 **common.machine(device), **scores)
 
 
-def figure_5c(runs, results):
-    """GRAM, Figure 5c: the Frechet distance over the critic's dimension."""
-    found = [(METHODS[method]["critic"], result["fd"]) for (method, *_), result in zip(runs, results)
-             if isinstance(result, dict) and "fd" in result]
-    picture = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = picture.add_subplot()
-    dimensions = sorted({k for k, _ in found})
-    axes.plot(dimensions, [np.mean([fd for k, fd in found if k == own]) for own in dimensions])
-    axes.scatter(*zip(*found), s=12)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("K, the critic's dimension")
-    axes.set_ylabel("Fréchet distance")
-    return picture
-
-
 def main(argv=None):
-    parser = common.flags(__doc__, METHODS, ["gram"], STEPS, images=True)
-    parser.add_argument("--figure", choices=list(FIGURES), metavar="NAME",
-                        help=f"draw {', '.join(FIGURES)}; what has been trained for it is not trained again")
-    parser.add_argument("--table", choices=list(TABLES), metavar="NAME",
-                        help=f"train and score the methods of a paper's table: {', '.join(TABLES)}; likewise")
-    args = parser.parse_args(argv)
-    every = {method: text for _, own in TABLES.values() for method, text in own.items()}
-    samples, paper = TABLES.get(args.table, (SAMPLES, every))
-    parser.set_defaults(**FIGURES.get(args.figure, dict(method=list(paper)) if args.table else {}))
-    args = parser.parse_args(argv)
-    args.resume = args.resume or bool(args.figure or args.table)
-    device = common.setup(args.device)
+    args = common.parse(common.flags(__doc__, METHODS, ["gram"], STEPS, images=True), argv, FIGURES, TABLES)
+    device, samples = common.setup(args.device), args.samples or SAMPLES
     images, _ = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
     needed = f"--figure {args.figure}" if args.figure else adaptive
@@ -331,48 +316,31 @@ def main(argv=None):
         sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {least:,} or more")
     images = images.to(device)
 
-    def keep(picture):
+    def keep(name, picture):
         common.make_folder(args.out)
-        common.save_figure(f"{args.out}/cifar-figure{args.figure}.png", picture)
-        print(f"{args.out}/cifar-figure{args.figure}.png")
+        common.save_figure(f"{args.out}/cifar-{name}.png", picture)
+        print(f"{args.out}/cifar-{name}.png")
 
+    figure, judge = f"figure{args.figure}", (features, reference)
     if args.figure == "bias":       # Demystifying MMD GANs, Figure 1 and appendix D.2
-        return keep(common.bias_figure(images, reference, features, KID_N, FID_N, CENSORED, CENSORED_M,
-                                       ESTIMATES, device))
+        return keep(figure, common.bias_figure(images, reference, features, KID_N, FID_N, CENSORED,
+                                               CENSORED_M, ESTIMATES, device))
     if args.figure == "noise":      # its appendix E, with MNIST's digits where the paper has ImageNet
         digits = nn.functional.pad(common.load_images("mnist", "train", args.data), (2, 2, 2, 2))
-        return keep(common.noise_figure(images, digits.expand(-1, 3, -1, -1), reference, features, device))
-
-    runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume, device)
-    for method in dict.fromkeys(args.method):
-        g, f, decoder = networks(METHODS[method])
-        print(f"{method}: generator of {common.count(g):,} parameters, critic of {common.count(f):,}, "
-              f"decoder of {common.count(decoder):,}")
-    if features:
-        print(f"scores: {features.name}, {samples:,} samples against {reference['name']}")
-    print(common.log_head(COLUMNS + READINGS))
-
-    given = args.steps, device, images, samples, (features, reference)
-    results = common.interleave([train(*run, *given) for run in runs])
-
-    command = common.command(__file__, argv)
-    finished = []
-    for run, result in common.ended(runs, results, command):
-        finished.append(run)
-        print(f"{run[2]}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(run[2])))}")
-    if finished:
-        common.save_figure(f"{args.out}/cifar-curves.png", common.curves_figure(finished, CURVES))
-        print(f"{args.out}/cifar-curves.png")
-    if finished and args.figure == "5c":
-        keep(figure_5c(runs, results))
-    if finished and args.figure == "neighbours":
-        shown = common.read_images(f"{finished[0][2]}/samples.npy")[:10]
-        keep(common.neighbours_figure(shown, images, features, device))
-    if not features:
-        print(f"to score the samples: {command}{'' if args.resume else ' --resume'}")
-    print(f"\n{common.score_table([method for method, *_ in runs], results, paper)}")
-    if not finished:
-        sys.exit("no run finished")
+        digits = digits.expand(-1, 3, -1, -1)
+        return keep(figure, common.noise_figure(images, digits, reference, features, device))
+    finished = common.train_runs(__file__, globals(), args, argv, device, COLUMNS + READINGS,
+                                 lambda run: train(*run, args.steps, device, images, samples, judge))
+    keep("curves", common.curves_figure(finished, CURVES["all"]))
+    if args.figure in SWEEPS:
+        keep(figure, common.sweep_figure(finished, SWEEPS[args.figure]))
+    if args.figure in CURVES:
+        keep(figure, common.curves_figure(finished, CURVES[args.figure]))
+    if args.figure == "singular":
+        keep(figure, common.singular_figure(finished))
+    if args.figure == "neighbours":
+        shown = common.read_images(f"{finished[0][0][2]}/samples.npy")[:10]
+        keep(figure, common.neighbours_figure(shown, images, features, device))
 
 
 if __name__ == "__main__":

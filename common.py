@@ -56,6 +56,7 @@ import tempfile
 import time
 from contextlib import contextmanager, suppress
 
+import matplotlib
 import numpy as np
 import torch
 import torch.export.passes
@@ -143,6 +144,18 @@ def origin(points):
     But sums of far larger numbers have nothing left of it in float32 (Binkowski et al. 2018, footnote 19).
     """
     return points.mean(-2, keepdim=True).detach()
+
+
+def kernels(sigma, rbf, alpha, device=None, dtype=torch.float32):
+    """The kernels that a row of METHODS names, functions from [..., N, D] and [..., M, D] to [..., S, N, M].
+
+    sigma, rbf: bandwidths of the Gaussians "li" and "rbf"; alpha: of "rq" and "rq*", tuples.
+    """
+    sigma, rbf, alpha = (torch.tensor(v, dtype=dtype, device=device) for v in (sigma, rbf, alpha))
+    return {"li": lambda x, y: gaussian(x, y, sigma), "rbf": lambda x, y: gaussian(x, y, rbf),
+            "rq": lambda x, y: rational_quadratic(x, y, alpha), "dot": dot,
+            "rq*": lambda x, y: torch.cat([rational_quadratic(x, y, alpha), dot(x, y)], -3),
+            "distance": distance, "unit": unit_gaussian}
 
 
 def gram(kernel, x, y):
@@ -481,8 +494,12 @@ def spectral(network, learned):
 @torch.no_grad()
 def singular_values(network):
     """The singular values of each layer's weight, [out, in kh kw] as a matrix (Scaled MMD, Figures 2b, 7)."""
-    return [torch.linalg.svdvals(layer.weight.flatten(1)) for layer in network.modules()
-            if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    training = network.training
+    network.eval()              # no power iteration of a spectral norm
+    found = [torch.linalg.svdvals(layer.weight.flatten(1)) for layer in network.modules()
+             if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    network.train(training)
+    return found
 
 
 def unit_gaussian(x, y):
@@ -1098,6 +1115,35 @@ class Contrast(nn.Module):
         return self.std / y.square().mean().sqrt().clamp(min=1e-6) * y + self.mean
 
 
+class Sampler(nn.Sequential):
+    """What a run's samples are drawn with: its generator's averaged weights, and the contrast of the data.
+
+    nets: z, noise and unit of image_networks; eta: of Average; images: to fit Contrast to, or None before a
+    state is loaded; decoder: of a generator of codes. From noise [N, z] to images [N, C, H, W] in [-1, 1].
+    """
+
+    def __init__(self, g, nets, eta, images=None, decoder=None):
+        contrast = Contrast(3 if images is None else images.shape[1])
+        super().__init__(Average(g, eta), *([decoder] if decoder else []),
+                         *([Signed()] if "unit" in nets else []),
+                         contrast if images is None else contrast.fit(images))
+        self.z, self.draw_noise = nets["z"], dict(normal=normal_noise, uniform=uniform_noise)[nets["noise"]]
+
+    def noise(self, n, rng):
+        """Noise [n, z] from rng, on its device."""
+        return self.draw_noise(n, self.z, rng)
+
+    def follow(self, g):
+        """Take in the generator's weights after an update."""
+        self[0].follow(g)
+
+    @torch.no_grad()
+    def draw(self, n, seed=0):
+        """uint8 images [n, C, H, W], on the CPU, of a seed's noise; at most 500 at a time (see batch_norm)."""
+        z = self.noise(n, torch.Generator().manual_seed(seed)).to(self[-1].mean.device)
+        return torch.cat([to_bytes(self(part)) for part in z.split(500)]).cpu()
+
+
 def count(network):
     """Number of a network's parameters, 0 for None."""
     return sum(p.numel() for p in network.parameters()) if network else 0
@@ -1685,8 +1731,8 @@ def descend(*players):
                  for (_, loss), w in zip(players, weights)]
     for (optimizer, _), w, gradient in zip(players, weights, gradients):
         for p, p_gradient in zip(w, gradient):
-            same = p_gradient.stride() == p.stride()    # fused Adam refuses others: that of a Stack is transposed
-            p.grad = p_gradient if same else torch.empty_like(p).copy_(p_gradient)
+            fits = p_gradient.stride() == p.stride()    # not a Stack's, transposed, which fused Adam refuses
+            p.grad = p_gradient if fits else torch.empty_like(p).copy_(p_gradient)
         optimizer.step()
 
 
@@ -1722,7 +1768,7 @@ def restoring(state):
 
 @contextmanager
 def tuning():
-    """cuDNN tries all of its algorithms for each convolution that it meets here first, and keeps the fastest."""
+    """cuDNN tries all its algorithms for each convolution that it meets here first, and keeps the fastest."""
     cudnn = torch.backends.cudnn
     before, (cudnn.benchmark, cudnn.benchmark_limit) = (cudnn.benchmark, cudnn.benchmark_limit), (True, 0)
     try:
@@ -1753,6 +1799,31 @@ def capture(update, state):
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             update()
     return graph.replay
+
+
+def milliseconds(cycle, state, device, times=20):
+    """Milliseconds of cycle() on a GPU, by so many after a first, state put back as by capture(); else None.
+
+    Call it where no other run is under way yet, so before a run's first yield.
+    """
+    if device.type != "cuda":
+        return None
+    with restoring(state):
+        cycle()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(times):
+            cycle()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - began) / times
+
+
+def gpu_memory(device):
+    """MiB of a GPU's memory that are in use or held by CUDA graphs, 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device) / 2 ** 20
 
 
 def interleave(runs):
@@ -2022,6 +2093,51 @@ def flags(doc, methods, default, steps, images):
     return parser
 
 
+def parse(parser, argv, figures, tables):
+    """The flags of an image script, --figure and --table among them; samples as its table has them, or None.
+
+    figures: {name: defaults of other flags}; tables: {name: (samples, methods as one text)}. What is trained
+    already for a figure or a table is not trained again: resume is set.
+    """
+    parser.add_argument("--figure", choices=list(figures), metavar="NAME",
+                        help=f"draw {', '.join(figures)}; what has been trained for it is not trained again")
+    parser.add_argument("--table", choices=list(tables), metavar="NAME",
+                        help=f"train and score the methods of a paper's table: {', '.join(tables)}; likewise")
+    args = parser.parse_args(argv)
+    samples, methods = tables.get(args.table, (None, ""))
+    given = dict(method=methods.split()) if args.table else {}
+    parser.set_defaults(samples=samples, **given | figures.get(args.figure, {}))
+    args = parser.parse_args(argv)
+    args.resume = args.resume or bool(args.figure or args.table)
+    return args
+
+
+def train_runs(script, namespace, args, argv, device, columns, begin):
+    """Train the runs that the flags ask for side by side, with all that is printed and kept; [(run, result)].
+
+    script, namespace: its file and globals(), with METHODS and networks(); args: of parse(argv); columns: of
+    its log; begin: from a run of open_runs to its generator. Returns those that finished, after the table of
+    their scores, and exits with a message if there are none.
+    """
+    runs = open_runs(args.out, script, namespace, args.method, args.seeds, args.resume, device)
+    for method in dict.fromkeys(args.method):
+        g, f, decoder = namespace["networks"](namespace["METHODS"][method])
+        print(f"{method}: generator of {count(g):,} parameters, critic of {count(f):,}, "
+              f"decoder of {count(decoder):,}")
+    print(log_head(columns))
+    results = interleave([begin(run) for run in runs])
+    typed = command(script, argv)
+    finished = list(ended(runs, results, typed))
+    for run, result in finished:
+        print(f"{run[2]}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(run[2])))}")
+    if not all("fd" in result for _, result in finished):
+        print(f"to score the samples: {typed}{'' if args.resume else ' --resume'}")
+    print(f"\n{score_table(runs, results)}\n")
+    if not finished:
+        sys.exit("no run finished")
+    return finished
+
+
 def run(main):
     """Call a script's main(); Ctrl-C ends it in words."""
     try:
@@ -2133,46 +2249,113 @@ def curve_panel(axes, steps, curves):
     axes.tick_params(labelsize=7)
 
 
-def curves_figure(runs, titles):
-    """Columns {name: title} of runs' logs over updates: a panel each, a colour a method, a line a seed."""
-    methods = list(dict.fromkeys(method for method, *_ in runs))
-    figure = Figure(figsize=(11, 3.25 * math.ceil(len(titles) / 2)), layout="constrained")
-    for axes, (column, title) in zip(figure.subplots(math.ceil(len(titles) / 2), 2).flat, titles.items()):
-        for method, _, folder, _ in runs:
+def curves_figure(finished, panels):
+    """Panels {(column, over): title} of the logs of finished runs: a colour a method, a line a seed.
+
+    finished: pairs of a run of open_runs and its result. over: "update", or "second", of a run alone on the
+    GPU, from its result's milliseconds an update; on a CPU of all runs of the command.
+    """
+    methods = list(dict.fromkeys(method for (method, *_), _ in finished))
+    columns = 3 if len(panels) > 4 else 2
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5.5 * columns, 3.25 * rows), layout="constrained")
+    for axes, ((column, over), title) in zip(figure.subplots(rows, columns, squeeze=False).flat,
+                                             panels.items()):
+        for (method, _, folder, _), result in finished:
             log = read_log(folder)
             there = np.isfinite(log[column])
+            x = log["step"] if over == "update" else log["seconds"]
+            if over == "second" and result["milliseconds"]:
+                x = log["step"] * result["milliseconds"] / 1e3
             if there.any():
-                axes.plot(log["step"][there], log[column][there], color=f"C{methods.index(method)}",
+                axes.plot(x[there], log[column][there], color=f"C{methods.index(method)}",
                           linewidth=1, marker="." if there.sum() < 20 else None, label=method)
         labels = dict(zip(*reversed(axes.get_legend_handles_labels())))     # one for each method
         if labels:
             axes.legend(labels.values(), labels, fontsize=7)
             axes.set_yscale("log")
         axes.set_title(title, fontsize=9)
-        axes.set_xlabel("update", fontsize=8)
+        axes.set_xlabel(over, fontsize=8)
         axes.tick_params(labelsize=7, which="both")
     return figure
 
 
-def score_table(methods, results, paper):
-    """The scores of runs as text, mean ± std over seeds, beside a paper's {method: text}.
+def sweep_figure(finished, panels):
+    """Frechet distances of finished runs over a number that their rows vary (GRAM, Figure 5).
 
-    methods, results: of each run, and what interleave returned for it, with the keys of score().
+    finished: as in curves_figure; panels {axis: {row: number}}, a line for the rows of a name up to its last
+    "-", through the means over seeds.
+    """
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    for axes, (axis, places) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
+        lines = {}
+        for (method, *_), result in finished:
+            if method in places and "fd" in result:
+                line = lines.setdefault(method.rpartition("-")[0], {})
+                line.setdefault(places[method], []).append(result["fd"])
+        for name, line in lines.items():
+            at = sorted(line)
+            [drawn] = axes.plot(at, [np.mean(line[place]) for place in at], label=name)
+            axes.scatter(*zip(*((place, fd) for place in at for fd in line[place])), s=12,
+                         color=drawn.get_color())
+        axes.set_xscale("log", base=2)
+        ticks = sorted(set(places.values()))
+        axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
+        axes.set_yscale("log")
+        axes.set_xlabel(axis)
+        axes.set_ylabel("Fréchet distance")
+        axes.legend(fontsize=7)
+    return figure
+
+
+def singular_figure(finished):
+    """Singular values of critics' layers over their largest, early and late (Scaled MMD, Figures 2b and 7).
+
+    finished: as in curves_figure, of runs that keep singular-UPDATE.npz; a panel for each layer and method.
+    """
+    kept = {}
+    for (method, _, folder, _), _ in finished:
+        for path in glob.glob(f"{glob.escape(folder)}/singular-*.npz"):
+            step = int(os.path.basename(path)[len("singular-"):-len(".npz")])
+            with np.load(path) as layers:       # but for a layer of one output
+                values = [layers[name] for name in layers.files]
+                kept.setdefault(method, {})[step] = [v for v in values if len(v) > 1]
+    depth = max(len(layers) for steps in kept.values() for layers in steps.values())
+    figure = Figure(figsize=(2.4 * depth, 2.4 * len(kept)), layout="constrained")
+    for row, (method, steps) in zip(figure.subplots(len(kept), depth, squeeze=False), kept.items()):
+        for i, axes in enumerate(row):
+            for place, step in enumerate(sorted(steps)):
+                axes.plot(steps[step][i] / steps[step][i].max(), label=f"{step:,}",
+                          color=matplotlib.colormaps["viridis"](place / max(len(steps) - 1, 1)))
+            axes.set_yscale("log")
+            axes.set_title(f"{method}, layer {i + 1}", fontsize=8)
+            axes.tick_params(labelsize=6)
+        row[0].legend(title="update", fontsize=6, title_fontsize=6)
+    return figure
+
+
+def score_table(runs, results):
+    """The scores of runs as text, mean ± std over seeds, beside the paper's in their rows.
+
+    runs: of open_runs; results: what interleave returned for them, with the keys of score().
     """
     rows = []
-    for method in dict.fromkeys(methods):
-        own = [result for name, result in zip(methods, results) if name == method]
+    for method, row in {method: settings["row"] for method, _, _, settings in runs}.items():
+        own = [result for (name, *_), result in zip(runs, results) if name == method]
         done = [result for result in own if isinstance(result, dict)]
         failed = [f"seed {seed} {end}" for seed, end in enumerate(own) if isinstance(end, FloatingPointError)]
         finished = "; ".join([f"{len(done)} of {len(own)}", *failed])
-        row = [method, f"{done[0]['updates']:,}" if done else "-", finished]
+        cells = [method, f"{done[0]['updates']:,}" if done else "-", finished]
         for key, scale, digits in (("isc", 1, 2), ("fd", 1, 1), ("kid", 1_000, 1), ("fd_bootstrap", 1, 1)):
-            row.append(spread([scale * result[key] for result in done if key in result], digits))
-        rows.append([*row, paper.get(method, "-")])
+            cells.append(spread([scale * result[key] for result in done if key in result], digits))
+        alone = [[result[key] for result in done if result.get(key)] for key in ("milliseconds", "MiB")]
+        cells += [f"{np.mean(own):.{digits}f}" if own else "-" for own, digits in zip(alone, (2, 0))]
+        rows.append([*cells, row.get("paper", "-")])
     scored = next((result for result in results if isinstance(result, dict) and "features" in result), None)
     fid = scored and scored["features"] == FID_NAME
     head = ["method", "updates", "seeds finished", "Inception score" if fid else "score of its logits",
-            "FID" if fid else "Fréchet distance", "1,000 KID", "bootstrap, biased upward", "the paper"]
+            "FID" if fid else "Fréchet distance", "1,000 KID", "bootstrap, biased upward",
+            "ms an update alone", "MiB", "the paper: Inception score, FID, KID"]
     what = "{features}; {samples:,} samples against {reference}".format(**scored) if scored else "not scored"
     return f"{what}; mean ± std over seeds\n\n{table(head, rows)}"
 

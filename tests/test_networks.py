@@ -81,7 +81,8 @@ def test_both_sets_in_one_pass_equal_either_alone(norm):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel, stride, padding, size", [(4, 2, 1, 8), (5, 2, 2, 8), (3, 1, 1, 5), (5, 2, 2, 7)])
+@pytest.mark.parametrize("kernel, stride, padding, size",
+                         [(4, 2, 1, 8), (5, 2, 2, 8), (3, 1, 1, 5), (5, 2, 2, 7)])
 def test_convolution_and_its_gradients_equal_pytorch_s(kernel, stride, padding, size):
     """First derivatives, and the slope's in the weights, which PyTorch takes another way."""
     torch.manual_seed(0)

@@ -24,6 +24,7 @@ ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
 SMALL = dict(BATCH=8, SAMPLES=20, BOOTSTRAP=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2, BURST=2,
              BURST_UNTIL=1, CODES=20, ENCODE=2,
              TABLES={name: (20, own) for name, (_, own) in cifar.TABLES.items()})
+SWEPT = {name for panels in cifar.SWEEPS.values() for own in panels.values() for name in own}
 
 
 def small_nets(nets):
@@ -36,7 +37,9 @@ def small_nets(nets):
 
 
 METHODS = {name: dict(row, nets=small_nets(row["nets"]), steps=min(row["steps"], 1),
-                      **({"batch": 9} if "batch" in row else {})) for name, row in cifar.METHODS.items()}
+                      **({"batch": 9} if "batch" in row else {}), **({"every": 4} if "every" in row else {}))
+           for name, row in cifar.METHODS.items()}
+ROWS, FULL = [name for name in METHODS if name not in SWEPT], cifar.METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +101,13 @@ def same(a, b):
 
 
 def test_every_row_of_cifar(capsys):
-    run_cifar("--method", *METHODS, "--steps", 4, "--features", export("features-tiny.pt2"))
+    run_cifar("--method", *ROWS, "--steps", 4, "--features", export("features-tiny.pt2"))
     printed = capsys.readouterr().out
-    for method, row in METHODS.items():
-        folder = f"runs/cifar-{method}-s0"
-        assert sorted(os.listdir(folder)) == ["checkpoint.pt", "cifar.py", "common.py", "log.csv",
-                                              "result.json", "samples-4.png", "samples.npy"]
+    for method in ROWS:
+        row, folder = METHODS[method], f"runs/cifar-{method}-s0"
+        assert sorted(os.listdir(folder)) == [
+            "checkpoint.pt", "cifar.py", "common.py", "log.csv", "result.json", "samples-4.png",
+            "samples.npy", *(["singular-4.npz"] if "width" in row["nets"] else [])]
         samples = np.load(f"{folder}/samples.npy")
         assert samples.shape == (20, 3, 32, 32) and samples.dtype == np.uint8 and samples.std() > 1
         log = common.read_log(folder)
@@ -114,14 +118,15 @@ def test_every_row_of_cifar(capsys):
         assert (result["method"], result["seed"], result["updates"]) == (method, 0, 4) and result["fd"] >= 0
         assert result["command"].startswith("python cifar.py --device cpu --method gram ")
         assert f"| {method} " in printed
-    assert printed.rstrip().splitlines()[-1].startswith("| gram-k2048")    # the table is the last thing
+    *_, last, picture = (line for line in printed.splitlines() if line)
+    assert last.startswith(f"| {ROWS[-1]} ") and picture == "runs/cifar-curves.png"
     assert "26.82 ± 0.49" in printed and "BATCH" in printed
 
 
 def test_all_players_take_their_steps():
     """As many steps of the critic as its row says, of the generator one an update; all weights move."""
-    run_cifar("--method", *METHODS, "--steps", 4, "--features", export("features-tiny.pt2"))
-    for method, row in METHODS.items():
+    run_cifar("--method", *ROWS, "--steps", 4, "--features", export("features-tiny.pt2"))
+    for method, row in ((name, METHODS[name]) for name in ROWS):
         _, tensors, _ = kept(f"runs/cifar-{method}-s0")
         taken = {name: {float(t) for path, t in tensors.items() if path[0] == name and path[-1] == "step"}
                  for name in ("opt_g", "opt_f")}
@@ -210,7 +215,8 @@ def by_hand(row, f, decoder, x, y, a):
     return loss_f, loss_g
 
 
-PLAYED = {name: row for name, row in METHODS.items() if row["distance"] != "gram" and row["critic"]}
+PLAYED = {name: METHODS[name] for name in ROWS
+          if METHODS[name]["distance"] != "gram" and METHODS[name]["critic"]}
 
 
 @pytest.mark.parametrize("method", PLAYED)
@@ -224,9 +230,8 @@ def test_losses_of_every_row(method):
     f, decoder = f.double().eval(), decoder and decoder.double()
     x, y = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
     y = (0.5 * y).requires_grad_()
-    numbers = (torch.tensor(v, dtype=torch.float64) for v in (cifar.SIGMA, cifar.RBF, cifar.ALPHA))
-    game = common.Game(row, f, decoder, cifar.kernels(*numbers)[row["kernel"]] if "kernel" in row else None,
-                       torch.zeros(()).double(), rng)
+    kernels = common.kernels(cifar.SIGMA, cifar.RBF, cifar.ALPHA, dtype=torch.float64)
+    game = common.Game(row, f, decoder, kernels.get(row.get("kernel")), torch.zeros(()).double(), rng)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *args, **kwargs: a)
         found_f = game.critic(x, y)
@@ -344,11 +349,11 @@ def test_scores_and_their_names(capsys):
         assert (result["isc"], result["isc_std"]) == common.inception_score(logits)
         assert result["fd_bootstrap"] == common.bootstrap_frechet_distance(found, fit)[0]
         assert (result["features"], result["samples"], result["reference"]) == ("tiny", 20, against)
-    assert "tiny; 20 samples" in printed and printed.count(f"20 samples against {against}") == 2
+    assert printed.count(f"tiny; 20 samples against {against}") == 1
     row = next(line for line in printed.splitlines() if line.startswith("| gram "))
     assert "2 of 2" in row and all(common.spread([result[key] for result in results], digits) in row
                                    for key, digits in (("fd", 1), ("fd_bootstrap", 1), ("isc", 2)))
-    assert "FID" not in printed.split("mean ± std over seeds")[1].replace("FID in the paper", "")
+    assert printed.split("mean ± std over seeds")[1].count("FID") == 1     # the paper's
 
 
 def test_samples_have_averaged_weights_and_the_contrast_of_the_data():
@@ -394,6 +399,32 @@ def test_figure_5c(capsys):
     run_cifar(*flags)               # nothing is trained again
     assert capsys.readouterr().out.count("goes on at update 2") == 7
     assert all(str(kept(f"runs/cifar-gram-k{k}-s0")) == str(run) for k, run in before.items())
+
+
+def test_figures_of_trained_rows(monkeypatch, capsys):
+    """Each draws what its rows have kept; their places in GRAM's Figure 5 are what their names say."""
+    features = export("features-tiny.pt2")
+    for figure, wanted in (("5", 30), ("scores", 4), ("singular", 2), ("gamn", 1)):
+        capsys.readouterr()
+        run_cifar("--figure", figure, "--steps", 2, "--features", features)
+        assert os.path.getsize(f"runs/cifar-figure{figure}.png") > 10_000
+        done = [line for line in capsys.readouterr().out.splitlines() if ": 2 updates, " in line]
+        assert len(done) == wanted
+    with np.load("runs/cifar-sn-smmd-s0/singular-2.npz") as kept_values:
+        f = cifar.networks(METHODS["sn-smmd"])[1]
+        assert [len(kept_values[name]) for name in kept_values.files] == [
+            len(values) for values in common.singular_values(f)]
+    for name in SWEPT:
+        row, plain, value = FULL[name], FULL[name.split("-")[0]], re.search(r"[\d.]+$", name)[0]
+        changed = {key for key in row.keys() | plain.keys() if row.get(key) != plain.get(key)} - {"paper"}
+        if "-lr" in name:
+            assert changed <= {"adam", "adam_g", "rmsprop"} and changed == {
+                key for key in ("adam", "adam_g", "rmsprop")
+                if key in plain and plain[key] not in (float(value), (float(value), 0.5, 0.999))}
+        elif "-batch" in name:
+            assert changed == {"batch"} and row["batch"] == int(value)
+        else:
+            assert changed <= {"critic"} and row["critic"] == int(value)
 
 
 def test_figures_of_the_scores(monkeypatch, capsys):
