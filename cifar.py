@@ -157,7 +157,7 @@ TABLES = {
     "scaled": (50_000, "mmd-gp-l2 wgan-gp sn-gan sobolev smmd sn-smmd sn-swgan mmd-plain sn-mmd sn-wgan "
                        "sn-mmd-gp sn-wgan-gp sn-mmd-gp-l2 sn-mmd-l2"),
 }
-FIGURES = {name: dict(method=[row for own in panels.values() for row in own], steps=10_000)
+FIGURES = {name: dict(method=[row for own in panels.values() for row in own], steps=20_000)
            for name, panels in SWEEPS.items()}
 FIGURES |= {"scores": dict(method=["smmd", "sn-smmd", "mmd-rqdot-16", "wgan-gp-16"], steps=20_000),
             "singular": dict(method=["smmd", "sn-smmd"], steps=20_000),     # Scaled MMD, Figures 2b and 7
@@ -194,7 +194,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     before = common.gpu_memory(device)
     torch.manual_seed(seed)
     g, f, decoder = (network.to(device) if network else None for network in networks(row))
-    sampler = common.Sampler(g, nets, AVERAGE, images, decoder if "encode" in row else None).to(device)
+    sampler = common.Sampler(g, nets, AVERAGE, 3, decoder if "encode" in row else None)
+    sampler.fit(images).to(device)
     critic = nn.ModuleList([network for network in (f, decoder) if network])
     critic.register_buffer("multiplier", torch.zeros((), device=device))        # Sobolev GAN's
     opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))

@@ -584,6 +584,16 @@ def sobolev_critic(p, q, mu, spacing):
 SLOPED = ("smmd", "swgan", "sobolev")       # distances that need the critic's slope at the data
 
 
+@contextmanager
+def frozen(network):
+    """What the block computes has no gradient in a network's weights; the network may be None."""
+    for p in network.parameters() if network else ():
+        p.requires_grad_(False)
+    yield
+    for p in network.parameters() if network else ():
+        p.requires_grad_(True)
+
+
 class Game:
     """The losses of a row's critic and generator, for distances other than GRAM's; a Stack's are [B].
 
@@ -678,7 +688,9 @@ class Game:
 
     def generator(self, x, y):
         """The generator's loss at data x and samples y, [...], and their features h_x and h_y."""
-        row, (h_x, h_y, J) = self.row, self.features(x, y)
+        row = self.row
+        with frozen(self.f):
+            h_x, h_y, J = self.features(x, y)
         loss = gan_generator(h_y) if self.kind == "gan" else self.distance(h_x, h_y, J)
         if "feasible" in row:
             loss = loss + row["feasible"] * feasible_set(h_x, h_y)
@@ -986,10 +998,10 @@ def dcgan_critic(channels, widths, out, kernel=4, norms=(batch_norm, batch_norm)
     GRAM's paper says that the critic has batch norm, not where; GRAMFlow has none behind the first
     convolution. With it there the critic cannot see contrast: the class Contrast says what follows.
     """
-    layers = []
+    layers, conv = [], nn.Conv2d if batch_norm in norms else Conv2d     # with batch norm no slope is held
     for i, (a, b) in enumerate(zip([channels, *widths], widths)):
         norm = norms[min(i, len(norms) - 1)]
-        layers += [Conv2d(a, b, kernel, 2, (kernel - 1) // 2, bias=norm is None),
+        layers += [conv(a, b, kernel, 2, (kernel - 1) // 2, bias=norm is None),
                    *([norm(b)] if norm else []), nn.LeakyReLU(0.2, inplace=True)]
     pixels = (size // 2 ** len(widths)) ** 2
     return dcgan_init(Layers(*layers, nn.Flatten(), nn.Linear(widths[-1] * pixels, out)))
@@ -1118,16 +1130,19 @@ class Contrast(nn.Module):
 class Sampler(nn.Sequential):
     """What a run's samples are drawn with: its generator's averaged weights, and the contrast of the data.
 
-    nets: z, noise and unit of image_networks; eta: of Average; images: to fit Contrast to, or None before a
-    state is loaded; decoder: of a generator of codes. From noise [N, z] to images [N, C, H, W] in [-1, 1].
+    nets: z, noise and unit of image_networks; eta: of Average; decoder: of a generator of codes. From noise
+    [N, z] to images [N, channels, H, W] in [-1, 1].
     """
 
-    def __init__(self, g, nets, eta, images=None, decoder=None):
-        contrast = Contrast(3 if images is None else images.shape[1])
+    def __init__(self, g, nets, eta, channels, decoder=None):
         super().__init__(Average(g, eta), *([decoder] if decoder else []),
-                         *([Signed()] if "unit" in nets else []),
-                         contrast if images is None else contrast.fit(images))
+                         *([Signed()] if "unit" in nets else []), Contrast(channels))
         self.z, self.draw_noise = nets["z"], dict(normal=normal_noise, uniform=uniform_noise)[nets["noise"]]
+
+    def fit(self, images):
+        """Take the contrast from images, uint8 [N, channels, H, W]; returns itself."""
+        self[-1].fit(images)
+        return self
 
     def noise(self, n, rng):
         """Noise [n, z] from rng, on its device."""
@@ -1139,7 +1154,7 @@ class Sampler(nn.Sequential):
 
     @torch.no_grad()
     def draw(self, n, seed=0):
-        """uint8 images [n, C, H, W], on the CPU, of a seed's noise; at most 500 at a time (see batch_norm)."""
+        """n images, uint8 on the CPU, of a seed's noise; at most 500 at a time (see batch_norm)."""
         z = self.noise(n, torch.Generator().manual_seed(seed)).to(self[-1].mean.device)
         return torch.cat([to_bytes(self(part)) for part in z.split(500)]).cpu()
 

@@ -70,6 +70,7 @@ def test_both_sets_in_one_pass_equal_either_alone(norm):
     """Values, gradients of the weights, and of the samples, with batch norms that see each set apart."""
     torch.manual_seed(0)
     f = common.dcgan_critic(3, (4, 8), 5, norms=(norm, norm), size=8).double()
+    assert isinstance(f[0], common.Conv2d) == (norm is not common.batch_norm)
     x, y = torch.rand(2, 6, 3, 8, 8, dtype=torch.float64)
     y = (3 * y - 1).requires_grad_()
     found, wanted = common.both(f, x, y), (f(x), f(y))

@@ -401,6 +401,14 @@ def test_figure_5c(capsys):
     assert all(str(kept(f"runs/cifar-gram-k{k}-s0")) == str(run) for k, run in before.items())
 
 
+def test_sampling_as_the_readme_does():
+    run_cifar("--steps", 2)
+    blocks = open(f"{ROOT}/README.md").read().split("```python\n")[1:]
+    [snippet] = [block.split("```")[0] for block in blocks if "sampler.draw" in block]
+    exec(snippet)
+    assert os.path.getsize("new.png") > 10_000
+
+
 def test_figures_of_trained_rows(monkeypatch, capsys):
     """Each draws what its rows have kept; their places in GRAM's Figure 5 are what their names say."""
     features = export("features-tiny.pt2")
