@@ -184,12 +184,12 @@ def networks(row):
     return common.image_networks(row["nets"], row, 3, 32)
 
 
-def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES, judge=(None, None)):
+def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES, judge=None):
     """One run: a generator function that yields after each generator update and returns the run's result.
 
-    samples: how many to keep and to score. judge: load_features() and reference_statistics().
+    samples: how many to keep and to score, by common.Judge, if there is one.
     """
-    row, (features, reference) = METHODS[method], judge
+    row = METHODS[method]
     nets, batch, grid_every = row["nets"], row.get("batch", BATCH), row.get("every", GRID_EVERY)
     before = common.gpu_memory(device)
     torch.manual_seed(seed)
@@ -255,27 +255,23 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         if "ridge" in row:
             values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
             found["condition"] = float((values[:, -1] / values[:, 0]).max())
-        if features and (step % grid_every == 0 or step == steps):
+        if judge and (step % grid_every == 0 or step == steps):
             found |= score(samples if step == steps else SAMPLES)
-        if adaptive and step % ADAPT_EVERY == 0:
-            found["p"] = adaptive.step(codes(sampler.draw(CODES, step)))
+        if "adaptive" in state and step % ADAPT_EVERY == 0:
+            found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
 
     def score(n):
         scores.clear()
-        with common.scoring(folder):
-            scores.update(common.score(sampler.draw(n), reference, features, device, BOOTSTRAP, RESAMPLINGS))
+        scores.update(judge.score(sampler.draw(n), BOOTSTRAP, RESAMPLINGS, run=folder))
         return scores
 
-    def codes(some):
-        return common.extract(features, some, device)[0].to(device)
-
-    scores, adaptive = {}, None
-    if features and "decay" in row:
-        adaptive = common.AdaptiveRate([opt_g, opt_f], codes(images[:CODES]), features.key,
-                                       WINDOW, PATIENCE, row["decay"], LEVEL, FLOOR)
-        state["adaptive"] = adaptive
+    scores = {}
+    if judge and "decay" in row:
+        x, key = judge.codes(images[:CODES]), judge.network.key
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, WINDOW, PATIENCE, row["decay"],
+                                                LEVEL, FLOOR)
     step = common.load(folder, state, settings)
     update = common.capture(update, state)
     if row["steps"] or "encode" in row:
@@ -297,7 +293,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             common.save(folder, step, state, settings)
         yield
 
-    if features and not scores:         # a run that had been trained before
+    if judge and not scores:         # a run that had been trained before
         score(samples)
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, sampler.draw(samples).numpy())
@@ -311,7 +307,7 @@ def main(argv=None):
     images, _ = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
     needed = f"--figure {args.figure}" if args.figure else adaptive
-    features, reference = common.open_scores(args.features, f"{args.data}/cifar10-test.npy", device, needed)
+    judge = common.open_judge(args.features, f"{args.data}/cifar10-test.npy", device, needed)
     least = max(CODES if adaptive else 0, *(METHODS[method].get("batch", BATCH) for method in args.method))
     if len(images) < least:
         sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {least:,} or more")
@@ -322,14 +318,12 @@ def main(argv=None):
         common.save_figure(f"{args.out}/cifar-{name}.png", picture)
         print(f"{args.out}/cifar-{name}.png")
 
-    figure, judge = f"figure{args.figure}", (features, reference)
+    figure = f"figure{args.figure}"
     if args.figure == "bias":       # Demystifying MMD GANs, Figure 1 and appendix D.2
-        return keep(figure, common.bias_figure(images, reference, features, KID_N, FID_N, CENSORED,
-                                               CENSORED_M, ESTIMATES, device))
+        return keep(figure, common.bias_figure(images, judge, KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES))
     if args.figure == "noise":      # its appendix E, with MNIST's digits where the paper has ImageNet
         digits = nn.functional.pad(common.load_images("mnist", "train", args.data), (2, 2, 2, 2))
-        digits = digits.expand(-1, 3, -1, -1)
-        return keep(figure, common.noise_figure(images, digits, reference, features, device))
+        return keep(figure, common.noise_figure(images, digits.expand(-1, 3, -1, -1), judge))
     finished = common.train_runs(__file__, globals(), args, argv, device, COLUMNS + READINGS,
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
     keep("curves", common.curves_figure(finished, CURVES["all"]))
@@ -341,7 +335,7 @@ def main(argv=None):
         keep(figure, common.singular_figure(finished))
     if args.figure == "neighbours":
         shown = common.read_images(f"{finished[0][0][2]}/samples.npy")[:10]
-        keep(figure, common.neighbours_figure(shown, images, features, device))
+        keep(figure, common.neighbours_figure(shown, images, judge))
 
 
 if __name__ == "__main__":

@@ -1579,49 +1579,50 @@ def reference_statistics(path, features, device):
                 name=f"{os.path.basename(stem)}, {len(statistics['features']):,} images")
 
 
-def score(images, reference, features, device, resampled=0, resamplings=10):
-    """Scores of uint8 images [N, C, H, W] against reference_statistics, as a dict.
+class Judge:
+    """A feature network and the features of the images that it scores against.
 
-    fd: Frechet distance, FID if the network is FID's. kid, kid_std: KID, its std over subsets. isc, isc_std:
-    Inception score, its std over splits, where the network has logits. features: the network's name. samples:
-    N. reference: its name and size. Of resampled images or more, if not 0: fd_bootstrap, fd_bootstrap_std,
-    bootstrap_frechet_distance of the first so many, and bootstrap_samples, how many. RuntimeError where the
-    network fails.
+    network: of load_features; features [M, D]; name: of those images; fit: gaussian_fit of the features.
     """
-    found, logits = extract(features, images, device)
-    fit = reference["mean"], reference["root"]
-    scores = dict(fd=frechet_distance(gaussian_fit(found, device), fit))
-    scores["kid"], scores["kid_std"] = kid(found, reference["features"], device=device)
-    if logits is not None:
-        scores["isc"], scores["isc_std"] = inception_score(logits, device=device)
-    if 0 < resampled <= len(found):
-        scores["fd_bootstrap"], scores["fd_bootstrap_std"] = bootstrap_frechet_distance(
-            found[:resampled], fit, resamplings, device=device)
-        scores["bootstrap_samples"] = resampled
-    return dict(scores, features=features.name, samples=len(found), reference=reference["name"])
+
+    def __init__(self, network, features, name, device, fit=None):
+        self.network, self.features, self.name, self.device = network, features, name, device
+        self.fit = fit or gaussian_fit(features, device)
+
+    def codes(self, images):
+        """Features [N, D] of uint8 images [N, C, H, W], on the device."""
+        return extract(self.network, images, self.device)[0].to(self.device)
+
+    def score(self, images, resampled=0, resamplings=10, run=None):
+        """Scores of uint8 images [N, C, H, W] as a dict.
+
+        fd: Frechet distance, FID if the network is FID's. kid, kid_std: KID, its std over subsets. isc,
+        isc_std: Inception score, its std over splits, where the network has logits. features: the network's
+        name. samples: N. reference: the judge's name. Of resampled images or more, if not 0: fd_bootstrap,
+        fd_bootstrap_std, bootstrap_frechet_distance of the first so many, and bootstrap_samples, how many.
+        Where the network fails RuntimeError, or with the name of a run nothing but a line that says so.
+        """
+        device = self.device
+        try:
+            found, logits = extract(self.network, images, device)
+        except RuntimeError as error:
+            if run is None:
+                raise
+            print(f"{run}: not scored: {error}")
+            return {}
+        scores = dict(fd=frechet_distance(gaussian_fit(found, device), self.fit))
+        scores["kid"], scores["kid_std"] = kid(found, self.features, device=device)
+        if logits is not None:
+            scores["isc"], scores["isc_std"] = inception_score(logits, device=device)
+        if 0 < resampled <= len(found):
+            scores["fd_bootstrap"], scores["fd_bootstrap_std"] = bootstrap_frechet_distance(
+                found[:resampled], self.fit, resamplings, device=device)
+            scores["bootstrap_samples"] = resampled
+        return dict(scores, features=self.network.name, samples=len(found), reference=self.name)
 
 
-def score_files(images, reference, features=None, device=None):
-    """score() of paths: images and reference as read_images takes them, features as load_features does."""
-    device = setup(device)
-    network, statistics = open_scores(features, reference, device, needed="score_files")
-    try:
-        return score(read_images(images), statistics, network, device)
-    except RuntimeError as error:
-        sys.exit(str(error))
-
-
-@contextmanager
-def scoring(folder):
-    """Scores that fail cost no run: a RuntimeError in this block is printed and forgotten."""
-    try:
-        yield
-    except RuntimeError as error:
-        print(f"{folder}: not scored: {error}")
-
-
-def open_scores(features, reference, device, needed=None):
-    """load_features and reference_statistics, or (None, None) where FID's network cannot be fetched.
+def open_judge(features, reference, device, needed=None):
+    """The Judge of load_features and reference_statistics, or None where FID's network cannot be fetched.
 
     features, reference: paths as they take them. needed: what cannot do without, a name for the message that
     it exits with. Otherwise it says where the network was looked for: samples can be scored later.
@@ -1632,8 +1633,18 @@ def open_scores(features, reference, device, needed=None):
         if needed:
             sys.exit(f"{needed} needs a feature network. {error}")
         print(error)
-        return None, None
-    return network, reference_statistics(reference, network, device)
+        return None
+    kept = reference_statistics(reference, network, device)
+    return Judge(network, kept["features"], kept["name"], device, (kept["mean"], kept["root"]))
+
+
+def score_files(images, reference, features=None, device=None):
+    """Scores of paths: images and reference as read_images takes them, features as load_features does."""
+    judge = open_judge(features, reference, setup(device), needed="score_files")
+    try:
+        return judge.score(read_images(images))
+    except RuntimeError as error:
+        sys.exit(str(error))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2375,13 +2386,13 @@ def score_table(runs, results):
     return f"{what}; mean ± std over seeds\n\n{table(head, rows)}"
 
 
-def neighbours_figure(samples, images, features, device):
+def neighbours_figure(samples, images, judge):
     """Samples [N, C, H, W], each above its five nearest images in pixels and features (GRAM, Figure 4)."""
-    spaces = {name: [s.flatten(1).float() if name == "pixels" else extract(features, s, device)[0]
+    spaces = {name: [s.to(judge.device).flatten(1).float() if name == "pixels" else judge.codes(s)
                      for s in (samples, images)] for name in ("pixels", "features")}
     figure = Figure(figsize=(0.5 * len(samples), 6.5), layout="constrained")
     for axes, (name, (a, b)) in zip(figure.subplots(2), spaces.items()):
-        nearest = torch.cdist(a.to(device), b.to(device)).topk(5, largest=False).indices.T
+        nearest = torch.cdist(a, b).topk(5, largest=False).indices.T
         shown = torch.cat([samples[None].to(images.device), images[nearest.to(images.device)]]).flatten(0, 1)
         axes.imshow(torchvision.utils.make_grid(shown.cpu(), len(samples), padding=1).permute(1, 2, 0))
         axes.set_title(f"nearest in {name}", fontsize=9)
@@ -2389,17 +2400,18 @@ def neighbours_figure(samples, images, features, device):
     return figure
 
 
-def bias_figure(images, reference, features, kid_n, fid_n, dimension, m, estimates, device):
-    """Estimates over n, mean and std of so many: KID and Frechet distance of images and reference_statistics,
-    of one law, which only KID puts at 0, and FIDs of two censored normals whose estimates from m points are
-    in the wrong order.
+def bias_figure(images, judge, kid_n, fid_n, dimension, m, estimates):
+    """Estimates over n, mean and std of so many: KID and Frechet distance of images and the judge's, of one
+    law, which only KID puts at 0, and FIDs of two censored normals whose estimates from m points are in the
+    wrong order.
 
     Binkowski et al. 2018, Figure 1 (drawn with replacement, so that KID's mean is the biased squared MMD of
     the two sets themselves, a little above 0) and appendix D.2: P1 = ReLU(N(0, I)),
     P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)), Q = ReLU(N(1, I)), which is known exactly, Sigma = (4 / d) C C^T, C of
     standard normals.
     """
-    x, y = (s.to(device) for s in (extract(features, images, device)[0], reference["features"]))
+    device = judge.device
+    x, y = judge.codes(images), judge.features.to(device)
     rng = torch.Generator(device).manual_seed(0)
 
     def draw(s, n):
@@ -2416,8 +2428,8 @@ def bias_figure(images, reference, features, kid_n, fid_n, dimension, m, estimat
             print(f"{n:>9,}{row.mean():>12.5g} ± {row.std():.2g}", flush=True)
 
     figure = Figure(figsize=(11, 3.5), layout="constrained")
-    figure.suptitle(f"{features.name}; draws with replacement from {len(x):,} training images, "
-                    f"{reference['name']}", fontsize=9)
+    figure.suptitle(f"{judge.network.name}; draws with replacement from {len(x):,} training images, "
+                    f"{judge.name}", fontsize=9)
     print(figure.get_suptitle())
     first, second, third = figure.subplots(1, 3)
     panel(first, "KID of training and test images", kid_n, 0,
@@ -2436,19 +2448,19 @@ def bias_figure(images, reference, features, kid_n, fid_n, dimension, m, estimat
     return figure
 
 
-def noise_figure(images, others, reference, features, device):
+def noise_figure(images, others, judge):
     """Scores of images under DISTURBANCES, each scaled to [0, 1] (Binkowski et al. 2018, appendix E)."""
     rng = torch.Generator(images.device).manual_seed(0)
     figure = Figure(figsize=(11, 6), layout="constrained")
-    figure.suptitle(f"{features.name}; {len(images):,} images against {reference['name']}", fontsize=9)
+    figure.suptitle(f"{judge.network.name}; {len(images):,} images against {judge.name}", fontsize=9)
     print(figure.get_suptitle())
-    clean = score(images, reference, features, device)
+    clean = judge.score(images)
     for axes, (kind, levels) in zip(figure.subplots(2, 3).flat, DISTURBANCES.items()):
         found = []
         for alpha in levels:
             scores = clean
             if alpha:
-                scores = score(disturb(images, kind, alpha, rng, others), reference, features, device)
+                scores = judge.score(disturb(images, kind, alpha, rng, others))
             shown = (f"{key} {scores[key]:<10.5g}" for key in SCORES if key in scores)
             print(f"{kind:<20}{alpha:<6}", *shown, flush=True)
             found.append(scores)

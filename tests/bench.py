@@ -109,11 +109,9 @@ def metrics(device, n):
                 timed(f"torch-fidelity's, {precision}, batch {batch}", lambda: [
                     [out.cpu() for out in peer(part.to(device))] for part in some.split(batch)], len(some))
             x, _ = common.extract(features, others, device)
-            mean, root = common.gaussian_fit(x, device)
-            reference = dict(features=x, mean=mean, root=root, name="others")
-            ours = timed(f"score(), {precision}, statistics kept",
-                         lambda: common.score(images, reference, features, device), n,
-                         warm=lambda: common.score(some, reference, features, device))
+            judge = common.Judge(features, x, "others", device)
+            ours = timed(f"score(), {precision}, statistics kept", lambda: judge.score(images), n,
+                         warm=lambda: judge.score(some))
             scores.append([precision, ours["fd"], ours["kid"], ours["isc"]])
             if peer:
                 theirs = timed(f"torch-fidelity, {precision}, both sets, batch 500",
@@ -125,11 +123,11 @@ def metrics(device, n):
                 scores.append([f"torch-fidelity, {precision}", *(theirs[key] for key in (
                     "frechet_inception_distance", "kernel_inception_distance_mean", "inception_score_mean"))])
     fit = timed("mean and root of the covariance", lambda: common.gaussian_fit(found, device))
-    timed("FID of two fits", lambda: common.frechet_distance(fit, (mean, root)))
+    timed("FID of two fits", lambda: common.frechet_distance(fit, judge.fit))
     timed("KID, 100 subsets of 1,000", lambda: common.kid(found, x, device=device))
     timed("Inception score", lambda: common.inception_score(logits, device=device))
     timed("bootstrap of FID, 10 resamplings",
-          lambda: common.bootstrap_frechet_distance(found, (mean, root), device=device))
+          lambda: common.bootstrap_frechet_distance(found, judge.fit, device=device))
     print(f"{', '.join(common.machine(device).values())}, random weights, {n:,} images")
     print(common.table(["", "seconds", "images/s"], rows))
     print(common.table(["", "fd", "kid", "isc"], [[name, *(f"{value:.8g}" for value in found)]
@@ -150,11 +148,8 @@ def tf32(device, path, data):
         found = []
         for common.SCORE_PRECISION in ("ieee", "tf32"):
             features = common.load_features(path, device)
-            x, _ = common.extract(features, test, device)
-            mean, root = common.gaussian_fit(x, device)
-            reference = dict(features=x, mean=mean, root=root, name="test images")
-            found.append([common.score(images, reference, features, device)
-                          for images in sets.values()])
+            judge = common.Judge(features, common.extract(features, test, device)[0], "test images", device)
+            found.append([judge.score(images) for images in sets.values()])
     print(f"{', '.join(common.machine(device).values())}, {features.name}")
     print(common.table(["disturbance", "fd", "in TF32", "1,000 KID", "in TF32"], [
         [name, *(f"{scale * row[key]:.7g}" for key, scale in (("fd", 1), ("kid", 1e3)) for row in (a, b))]

@@ -181,8 +181,8 @@ def test_features_and_scores(tmp_path, monkeypatch):
         found, logits = common.extract(features, images, cpu)           # 501 = 250 + 250 + 1
         assert torch.allclose(found, Features("plain")(images))
         assert logits is None if kind == "plain" else torch.allclose(logits, found[:, :3])
-    reference = common.reference_statistics(str(tmp_path / "samples.npy"), features, cpu)
-    scored = common.score(images, reference, features, cpu, 400)
+    judge = common.open_judge(str(tmp_path / "features-tuple.pt2"), str(tmp_path / "samples.npy"), cpu)
+    scored = judge.score(images, 400)
     fit = common.gaussian_fit(found)
     assert abs(scored["fd"]) < 1e-9 and scored["kid"] < 0
     assert scored["fd_bootstrap"] == pytest.approx(common.bootstrap_frechet_distance(found[:400], fit)[0])
@@ -190,7 +190,7 @@ def test_features_and_scores(tmp_path, monkeypatch):
     assert (scored["features"], scored["samples"]) == ("tuple", 501)
     assert scored["reference"] == "samples, 501 images"
     assert scored["bootstrap_samples"] == 400
-    assert "fd_bootstrap" not in common.score(images, reference, features, cpu, 502)
+    assert "fd_bootstrap" not in judge.score(images, 502)
     plain = str(tmp_path / "features-plain.pt2")
     found = common.score_files(str(tmp_path / "samples.npy"), str(tmp_path / "samples.npy"), plain, "cpu")
     assert found["fd"] == scored["fd"] and "isc" not in found

@@ -42,10 +42,10 @@ pixels.name, pixels.key = "pixels", "0"
 def run(method, folder, steps=6, seed=0):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1)
-    data, judge = images_of(1_000), (None, None)
+    data, judge = images_of(1_000), None
     if "decay" in cifar.METHODS[method]:
         x, _ = pixels(data)
-        judge = pixels, dict(zip(("mean", "root"), common.gaussian_fit(x)), features=x.cpu(), name="")
+        judge = common.Judge(pixels, x.cpu(), "", torch.device("cuda"))
     return cifar.train(method, seed, str(folder), {}, steps, torch.device("cuda"), data, 100, judge)
 
 
