@@ -138,13 +138,18 @@ SWEEPS = {
                          for n in (16, 32, 64, 128, 256)}},
     "5c": {"K, the critic's dimension": {f"gram-k{k}": k for k in (2, 8, 32, 128, 512, 1024, 2048)}},
 }
-for axis, own in (SWEEPS["5"] | SWEEPS["5c"]).items():
-    for name, value in own.items():
-        row = METHODS[name.rsplit("-", 1)[0]]
-        METHODS[name] = dict(row, paper="-", **{
-            "learning rate": {key: value if key == "rmsprop" else (value, *row[key][1:])
-                              for key in ("adam", "adam_g", "rmsprop") if key in row},
-            "batch size": dict(batch=value), "K, the critic's dimension": dict(critic=value)}[axis])
+
+
+def swept(row, axis, value):
+    """A row of METHODS at a value of an axis of SWEEPS."""
+    rates = {key: value if key == "rmsprop" else (value, *row[key][1:])
+             for key in ("adam", "adam_g", "rmsprop") if key in row}
+    changed = {"learning rate": rates, "batch size": dict(batch=value)}.get(axis, dict(critic=value))
+    return dict(row, paper="-") | changed
+
+
+METHODS |= {name: swept(METHODS[name.rsplit("-", 1)[0]], axis, value) for panels in SWEEPS.values()
+            for axis, own in panels.items() for name, value in own.items()}
 METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 
 # The rows of a paper's table and its number of samples, ours for GRAM and GAMN
