@@ -71,7 +71,7 @@ GAMN = dict(nets="gamn", distance="mmd", kernel="rbf", critic=10, steps=5, adam=
 GMMN = dict(nets="gmmn", distance="mmd", kernel="rbf", critic=0, steps=0, adam=(1e-3, 0.5, 0.999),
             batch=1_000)        # its code has momentum; rate and Adam are ours
 SCALED = dict(MMD, nets="sngan", kernel="unit", critic=1, decay=0.8, scale=10.0)
-SN, LEARNED, OFTEN = dict(SCALED, spectral="fixed"), dict(SCALED, spectral="learned"), dict(every=2_500)
+SN, LEARNED, OFTEN = dict(SCALED, spectral="fixed"), dict(SCALED, spectral="learned"), dict(every=2_000)
 METHODS = {
     "gram":         dict(GRAM, form="swap", ridge=1.0, paper="5.54, 24.85 ± 0.94"), # eq. 9, p and q exchanged
     "gram-flow":    dict(GRAM, form="flow", ridge=1e-2),                                # GRAMFlow's objective
@@ -170,14 +170,13 @@ FIGURES |= {"scores": dict(method=["smmd", "sn-smmd", "mmd-rqdot-16", "wgan-gp-1
             "bias": {}, "noise": {}}
 COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
 READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")       # condition: of the matrix the ratio inverts
-FD, SCORE = "Fréchet distance to the test images", "Inception score, by the feature network's logits"
-CURVES = {      # over updates, or over seconds of a run alone: Scaled MMD, Figures 2a and 8; GAMN, Figure 5
-    "all": {("fd", "update"): FD, ("mean_r", "update"): "mean of r",
-            ("condition", "update"): "condition number of K + ridge I",
-            ("spread", "update"): "variance of f(x) over variance of f(y)"},
-    "scores": {(name, over): title for over in ("update", "second")
-               for name, title in (("fd", FD), ("kid", "KID"), ("isc", SCORE))},
-    "gamn": {("loss_g", "update"): "MMD of the mapped batches", ("isc", "update"): SCORE},
+TITLES = dict(fd="Fréchet distance to the test images", kid="KID", mean_r="mean of r",
+              isc="Inception score, by the feature network's logits", loss_g="MMD of the mapped batches",
+              condition="condition number of K + ridge I", spread="variance of f(x) over variance of f(y)")
+CURVES = {      # over updates, or seconds of a run alone: as Scaled MMD, Figures 2a and 8; GAMN, Figure 5
+    "all": [(name, "update") for name in ("fd", "mean_r", "condition", "spread")],
+    "scores": [(name, over) for over in ("update", "second") for name in ("fd", "kid", "isc")],
+    "gamn": [("loss_g", "update"), ("isc", "update")],
 }
 ESTIMATES = 100             # for each n of --figure bias, Demystifying MMD GANs, Figure 1
 KID_N, FID_N = (50, 100, 200, 500, 1_000, 2_000), (1_000, 2_500, 5_000, 7_500, 10_000)
@@ -202,7 +201,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     sampler = common.Sampler(g, nets, AVERAGE, 3, decoder if "encode" in row else None)
     sampler.fit(images).to(device)
     critic = nn.ModuleList([network for network in (f, decoder) if network])
-    critic.register_buffer("multiplier", torch.zeros((), device=device))        # Sobolev GAN's
+    for name in ("multiplier", "loss"):     # Sobolev GAN's; that of the last step
+        critic.register_buffer(name, torch.zeros((), device=device))
     opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
     opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop")) if f else None
     rng = torch.Generator(device).manual_seed(seed)
@@ -212,7 +212,6 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))
     game = common.Game(row, f, decoder, kernel, critic.multiplier, rng)
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
-    loss_ascent = torch.zeros((), device=device)                        # of the critic's last step
 
     def draw():
         x = common.flip_images(common.draw_images(images, batch, rng), rng)
@@ -225,7 +224,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             common.descend((opt_f, loss))
         if "clip" in row:
             common.clip_weights(f, row["clip"])
-        loss_ascent.copy_(loss.detach())
+        critic.loss.copy_(loss.detach())
 
     def update():
         x, y = draw()
@@ -241,7 +240,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             with parametrize.cached():
                 loss_g, h_x, h_y = game.generator(x, y)
                 common.descend((opt_g, loss_g))
-            means = loss_ascent if f else None, loss_g, None, None
+            means = critic.loss if f else None, loss_g, None, None
         log.add(*means, h_x.var(0).sum() / h_y.var(0).sum() if f else None)
         sampler.follow(g)
 
@@ -261,7 +260,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
             found["condition"] = float((values[:, -1] / values[:, 0]).max())
         if judge and (step % grid_every == 0 or step == steps):
-            found |= score(samples if step == steps else SAMPLES)
+            found |= score(SAMPLES)
         if "adaptive" in state and step % ADAPT_EVERY == 0:
             found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
@@ -278,11 +277,13 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, WINDOW, PATIENCE, row["decay"],
                                                 LEVEL, FLOOR)
     step = common.load(folder, state, settings)
-    update = common.capture(update, state)
-    if row["steps"] or "encode" in row:
-        ascend = common.capture(ascend, state)
-    speed = dict(milliseconds=common.milliseconds(lambda: cycle(row["steps"]), state, device),
-                 MiB=common.gpu_memory(device) - before)
+    speed = {key: common.read_result(folder).get(key) for key in ("milliseconds", "MiB")}
+    if step < steps:
+        update = common.capture(update, state)
+        if row["steps"] or "encode" in row:
+            ascend = common.capture(ascend, state)
+        speed = dict(milliseconds=common.milliseconds(lambda: cycle(row["steps"]), state, device),
+                     MiB=common.gpu_memory(device) - before)
     log.start(step)
     while step < steps:
         cycle(critic_steps(step))
@@ -298,7 +299,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             common.save(folder, step, state, settings)
         yield
 
-    if judge and not scores:         # a run that had been trained before
+    if judge and (not scores or samples != SAMPLES):        # had been trained before, or is for a table
         score(samples)
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, sampler.draw(samples).numpy())
@@ -313,6 +314,8 @@ def main(argv=None):
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
     needed = f"--figure {args.figure}" if args.figure else adaptive
     judge = common.open_judge(args.features, f"{args.data}/cifar10-test.npy", device, needed)
+    if args.figure == "singular" and not all("width" in METHODS[method]["nets"] for method in args.method):
+        sys.exit(f"--figure singular: found {' '.join(args.method)}, expected rows of seven-layer critics")
     least = max(CODES if adaptive else 0, *(METHODS[method].get("batch", BATCH) for method in args.method))
     if len(images) < least:
         sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {least:,} or more")
@@ -331,11 +334,11 @@ def main(argv=None):
         return keep(figure, common.noise_figure(images, digits.expand(-1, 3, -1, -1), judge))
     finished = common.train_runs(__file__, globals(), args, argv, device, COLUMNS + READINGS,
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
-    keep("curves", common.curves_figure(finished, CURVES["all"]))
+    keep("curves", common.curves_figure(finished, CURVES["all"], TITLES))
     if args.figure in SWEEPS:
         keep(figure, common.sweep_figure(finished, SWEEPS[args.figure]))
     if args.figure in CURVES:
-        keep(figure, common.curves_figure(finished, CURVES[args.figure]))
+        keep(figure, common.curves_figure(finished, CURVES[args.figure], TITLES))
     if args.figure == "singular":
         keep(figure, common.singular_figure(finished))
     if args.figure == "neighbours":

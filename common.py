@@ -592,11 +592,14 @@ SLOPED = ("smmd", "swgan", "sobolev")       # distances that need the critic's s
 @contextmanager
 def frozen(network):
     """What the block computes has no gradient in a network's weights; the network may be None."""
-    for p in network.parameters() if network else ():
+    weights = [p for p in network.parameters() if p.requires_grad] if network else []
+    for p in weights:
         p.requires_grad_(False)
-    yield
-    for p in network.parameters() if network else ():
-        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)
 
 
 class Game:
@@ -623,12 +626,12 @@ class Game:
         self.row, self.f, self.decoder, self.kernel = row, f, decoder, kernel
         self.multiplier, self.rng, self.kind = multiplier, rng, row["distance"]
 
-    def features(self, x, y, outputs=None):
-        """f at data and samples, and its Jacobians at the data, None where they do not count."""
+    def features(self, x, y, outputs=None, sloped=SLOPED):
+        """f at data and samples, and its Jacobians at the data for sloped distances, otherwise None."""
         f = self.f
         if f is None or "encode" in self.row:
             return f(x) if f else self.points(x), self.points(y), None
-        if self.kind in SLOPED:
+        if self.kind in sloped:
             h_x, J = jacobian(f, x)
             return h_x, f(y), J
         return *both(f, x, y, outputs), None
@@ -664,7 +667,7 @@ class Game:
         return weight / h_x[..., 0, 0].numel() * norm(weights)      # that of all of a Stack, shared out
 
     def critic(self, x, y):
-        """The critic's loss at data x and samples y, [..., N, *shape] and [..., M, *shape]: [...]."""
+        """The critic's loss at data x and samples y, both [..., N, *shape]: [...]."""
         row, outputs = self.row, []
         h_x, h_y, J = self.features(x, y, outputs if "activation" in row else None)
         if "encode" in row:
@@ -695,7 +698,7 @@ class Game:
         """The generator's loss at data x and samples y, [...], and their features h_x and h_y."""
         row = self.row
         with frozen(self.f):
-            h_x, h_y, J = self.features(x, y)
+            h_x, h_y, J = self.features(x, y, sloped=("smmd", "swgan"))
         loss = gan_generator(h_y) if self.kind == "gan" else self.distance(h_x, h_y, J)
         if "feasible" in row:
             loss = loss + row["feasible"] * feasible_set(h_x, h_y)
@@ -858,7 +861,7 @@ class Layers(nn.Sequential):
     """Layers one after another; of several sets at once, each batch norm by the statistics of every set.
 
     [N S, ...] for S sets, as torch.stack(sets, 1).flatten(0, 1) puts them. outputs: a list to which those of
-    the activations and of the last layer are added, or None.
+    the LeakyReLUs and of the last layer are added, or None.
     """
 
     def forward(self, x, sets=1, outputs=None):
@@ -876,8 +879,12 @@ class Layers(nn.Sequential):
 
 
 def both(f, x, y, outputs=None):
-    """f(x) and f(y), of Layers in one pass, which takes half of the kernels: x and y have one shape."""
+    """f(x) and f(y), of Layers in one pass, which takes half of the kernels: x and y have one shape.
+
+    outputs: as Layers take it, of Layers only.
+    """
     if not isinstance(f, Layers):
+        assert outputs is None, "found a network that is no common.Layers, whose outputs cannot be kept"
         return f(x), f(y)
     return f(torch.stack([x, y], 1).flatten(0, 1), 2, outputs).unflatten(0, (-1, 2)).unbind(1)
 
@@ -903,13 +910,16 @@ class Convolution(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             rest = [(n + 2 * q - k) % t for n, k, t, q in zip(x.shape[2:], weight.shape[2:], s, p)]
             to_x = F.conv_transpose2d(slope, weight, None, s, p, rest)
-        if not torch.is_grad_enabled():
+        if ctx.needs_input_grad[1] and not torch.is_grad_enabled():
             to_weight = torch.nn.grad.conv2d_weight(x, weight.shape, slope, s, p)
         return to_x, to_weight, None, None
 
 
 class Conv2d(nn.Conv2d):
-    """torch's, by Convolution."""
+    """torch's by Convolution, whose notes hold: a square kernel, stride and padding, nothing else."""
+
+    def __init__(self, channels, out, kernel, stride=1, padding=0, bias=True):
+        super().__init__(channels, out, kernel, stride, padding, bias=bias)
 
     def forward(self, x):
         y = Convolution.apply(x, self.weight, self.stride, self.padding)
@@ -1800,6 +1810,7 @@ def restoring(state):
 @contextmanager
 def tuning():
     """cuDNN tries all its algorithms for each convolution that it meets here first, and keeps the fastest."""
+    torch.cuda.synchronize()        # with nothing beside it
     cudnn = torch.backends.cudnn
     before, (cudnn.benchmark, cudnn.benchmark_limit) = (cudnn.benchmark, cudnn.benchmark_limit), (True, 0)
     try:
@@ -1835,7 +1846,7 @@ def capture(update, state):
 def milliseconds(cycle, state, device, times=20):
     """Milliseconds of cycle() on a GPU, by so many after a first, state put back as by capture(); else None.
 
-    Call it where no other run is under way yet, so before a run's first yield.
+    What other runs have begun is waited for: call it before a run's first yield, where none goes on.
     """
     if device.type != "cuda":
         return None
@@ -1905,6 +1916,15 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
+def read_result(folder):
+    """FOLDER/result.json as a dict, empty if there is none."""
+    try:
+        with open(f"{folder}/result.json") as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return {}
+
+
 def make_folder(path):
     """Make a folder if need be and see that it can be written; exits with a message if not."""
     try:
@@ -1927,8 +1947,8 @@ def open_runs(out, script, namespace, methods, seeds, resume, device, figure=Non
     script, namespace: the script's file and globals(), with METHODS; methods, seeds, resume: its flags.
     figure: the name of one for which all seeds of a method are one run, OUT/SCRIPT-figureNAME-METHOD.
     Returns for each run (method, seed, folder, settings), the settings being what its checkpoint has to agree
-    with: one that does not exits with a message. Without resume an earlier run's folder is kept as
-    FOLDER-old-N. seed is a list of them all for a figure.
+    with, all of its row but paper and every: one that does not exits with a message. Without resume an
+    earlier run's folder is kept as FOLDER-old-N. seed is a list of them all for a figure.
     """
     given = constants(namespace)
     show(**given, **machine(device))
@@ -1938,7 +1958,8 @@ def open_runs(out, script, namespace, methods, seeds, resume, device, figure=Non
     groups = [list(range(seeds))] if figure else range(seeds)
     for method, seed in itertools.product(dict.fromkeys(methods), groups):
         folder = f"{start}-figure{figure}-{method}" if figure else f"{start}-{method}-s{seed}"
-        settings = dict(given, method=method, row=namespace["METHODS"][method], seed=seed, device=device.type)
+        row = {k: v for k, v in namespace["METHODS"][method].items() if k not in ("paper", "every")}
+        settings = dict(given, method=method, row=row, seed=seed, device=device.type)
         runs.append((method, seed, folder, json.loads(json.dumps(settings))))
     for _, _, folder, settings in runs if resume else ():
         kept = read_checkpoint(folder, settings)
@@ -2163,7 +2184,7 @@ def train_runs(script, namespace, args, argv, device, columns, begin):
         print(f"{run[2]}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(run[2])))}")
     if not all("fd" in result for _, result in finished):
         print(f"to score the samples: {typed}{'' if args.resume else ' --resume'}")
-    print(f"\n{score_table(runs, results)}\n")
+    print(f"\n{score_table(runs, results, namespace['METHODS'])}\n")
     if not finished:
         sys.exit("no run finished")
     return finished
@@ -2280,18 +2301,18 @@ def curve_panel(axes, steps, curves):
     axes.tick_params(labelsize=7)
 
 
-def curves_figure(finished, panels):
-    """Panels {(column, over): title} of the logs of finished runs: a colour a method, a line a seed.
+def curves_figure(finished, panels, titles):
+    """Panels, pairs (column, over), of the logs of finished runs: a colour a method, a line a seed.
 
-    finished: pairs of a run of open_runs and its result. over: "update", or "second", of a run alone on the
-    GPU, from its result's milliseconds an update; on a CPU of all runs of the command.
+    finished: pairs of a run of open_runs and its result; titles: {column: title}. over: "update", or
+    "second", of a run alone on the GPU, from its result's milliseconds an update; on a CPU of all runs of the
+    command.
     """
     methods = list(dict.fromkeys(method for (method, *_), _ in finished))
     columns = 3 if len(panels) > 4 else 2
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.5 * columns, 3.25 * rows), layout="constrained")
-    for axes, ((column, over), title) in zip(figure.subplots(rows, columns, squeeze=False).flat,
-                                             panels.items()):
+    for axes, (column, over) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
         for (method, _, folder, _), result in finished:
             log = read_log(folder)
             there = np.isfinite(log[column])
@@ -2305,7 +2326,7 @@ def curves_figure(finished, panels):
         if labels:
             axes.legend(labels.values(), labels, fontsize=7)
             axes.set_yscale("log")
-        axes.set_title(title, fontsize=9)
+        axes.set_title(titles[column], fontsize=9)
         axes.set_xlabel(over, fontsize=8)
         axes.tick_params(labelsize=7, which="both")
     return figure
@@ -2342,10 +2363,13 @@ def sweep_figure(finished, panels):
 def singular_figure(finished):
     """Singular values of critics' layers over their largest, early and late (Scaled MMD, Figures 2b and 7).
 
-    finished: as in curves_figure, of runs that keep singular-UPDATE.npz; a panel for each layer and method.
+    finished: as in curves_figure, of runs that keep singular-UPDATE.npz; a panel for each layer and method,
+    whose first seed it shows.
     """
     kept = {}
     for (method, _, folder, _), _ in finished:
+        if method in kept:
+            continue
         for path in glob.glob(f"{glob.escape(folder)}/singular-*.npz"):
             step = int(os.path.basename(path)[len("singular-"):-len(".npz")])
             with np.load(path) as layers:       # but for a layer of one output
@@ -2365,13 +2389,13 @@ def singular_figure(finished):
     return figure
 
 
-def score_table(runs, results):
-    """The scores of runs as text, mean ± std over seeds, beside the paper's in their rows.
+def score_table(runs, results, methods):
+    """The scores of runs as text, mean ± std over seeds, beside the paper's in their rows of methods.
 
-    runs: of open_runs; results: what interleave returned for them, with the keys of score().
+    runs: of open_runs; results: what interleave returned for them, with the keys of Judge.score.
     """
     rows = []
-    for method, row in {method: settings["row"] for method, _, _, settings in runs}.items():
+    for method in dict.fromkeys(method for method, *_ in runs):
         own = [result for (name, *_), result in zip(runs, results) if name == method]
         done = [result for result in own if isinstance(result, dict)]
         failed = [f"seed {seed} {end}" for seed, end in enumerate(own) if isinstance(end, FloatingPointError)]
@@ -2381,7 +2405,7 @@ def score_table(runs, results):
             cells.append(spread([scale * result[key] for result in done if key in result], digits))
         alone = [[result[key] for result in done if result.get(key)] for key in ("milliseconds", "MiB")]
         cells += [f"{np.mean(own):.{digits}f}" if own else "-" for own, digits in zip(alone, (2, 0))]
-        rows.append([*cells, row.get("paper", "-")])
+        rows.append([*cells, methods[method].get("paper", "-")])
     scored = next((result for result in results if isinstance(result, dict) and "features" in result), None)
     fid = scored and scored["features"] == FID_NAME
     head = ["method", "updates", "seeds finished", "Inception score" if fid else "score of its logits",

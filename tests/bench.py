@@ -190,7 +190,7 @@ def main():
     if args.what == "tf32":
         return tf32(device, args.features, args.data)
     cifar.LOG_EVERY = cifar.GRID_EVERY = cifar.SAVE_EVERY = 10 ** 9
-    cifar.BURST_UNTIL = 1
+    cifar.BURST_UNTIL = cifar.ENCODE = 1
     if device.type == "cpu":
         WARM, UPDATES = 2, 6
     images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8).to(device)

@@ -40,6 +40,7 @@ METHODS = {name: dict(row, nets=small_nets(row["nets"]), steps=min(row["steps"],
                       **({"batch": 9} if "batch" in row else {}), **({"every": 4} if "every" in row else {}))
            for name, row in cifar.METHODS.items()}
 ROWS, FULL = [name for name in METHODS if name not in SWEPT], cifar.METHODS
+FULL_EVERY = {name: getattr(cifar, name) for name in vars(cifar) if name.endswith("_EVERY")}
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +249,29 @@ def test_losses_of_every_row(method):
             assert torch.allclose(u, v, rtol=1e-6, atol=1e-9 * float(v.abs().max() + 1e-3))
 
 
+def test_the_generator_s_step_takes_no_gradient_in_the_critic_s_weights(monkeypatch):
+    counted = []
+    weight = torch.nn.grad.conv2d_weight
+    monkeypatch.setattr(torch.nn.grad, "conv2d_weight", lambda *args: counted.append(1) or weight(*args))
+    for method in ("smmd", "sn-gan", "sobolev", "mmd-rqdot-16", "gamn", "mmdgan"):
+        row = METHODS[method]
+        g, f, decoder = cifar.networks(row)
+        game = common.Game(row, f, decoder, common.kernels((1,), (1,), (1,)).get(row.get("kernel")),
+                           torch.zeros(()), torch.Generator())
+        x, y = torch.rand(6, 3, 32, 32), g(torch.rand(6, 8))
+        game.critic(x, y.detach()).backward()
+        assert bool(counted) == (method != "mmdgan")            # batch norm: torch's own convolutions
+        counted.clear()
+        torch.autograd.grad(game.generator(x, y)[0], list(g.parameters()))
+        assert not counted and all(p.requires_grad for p in f.parameters()), method
+
+
+def test_what_happens_every_so_often_happens_at_a_row_of_the_log():
+    every = [row.get("every", FULL_EVERY["GRID_EVERY"]) for row in FULL.values()]
+    for interval in {*every, FULL_EVERY["SAVE_EVERY"], FULL_EVERY["ADAPT_EVERY"]}:
+        assert interval % FULL_EVERY["LOG_EVERY"] == 0
+
+
 FIRST = ["gram", "gram-flow", "gram-eq9", "gram-clip", "gan", "mmdgan", "mmdnet"]
 
 
@@ -420,8 +444,15 @@ def test_figures_of_trained_rows(monkeypatch, capsys):
         assert len(done) == wanted
     with np.load("runs/cifar-sn-smmd-s0/singular-2.npz") as kept_values:
         f = cifar.networks(METHODS["sn-smmd"])[1]
-        assert [len(kept_values[name]) for name in kept_values.files] == [
-            len(values) for values in common.singular_values(f)]
+        _, tensors, _ = kept("runs/cifar-sn-smmd-s0")
+        f.load_state_dict({path[1][2:]: t for path, t in tensors.items()
+                           if path[0] == "critic" and path[1].startswith("0.")})
+        weights = [layer.weight.detach().flatten(1) for layer in f.eval() if hasattr(layer, "weight")]
+        for name, weight in zip(kept_values.files, weights):
+            assert np.allclose(kept_values[name], np.linalg.svd(weight, compute_uv=False), atol=1e-6)
+        assert len(kept_values.files) == len(weights) == 8
+    with says("--figure singular: found gram, expected rows of seven-layer critics"):
+        run_cifar("--figure", "singular", "--method", "gram", "--features", features)
     for name in SWEPT:
         row, plain, value = FULL[name], FULL[name.split("-")[0]], re.search(r"[\d.]+$", name)[0]
         changed = {key for key in row.keys() | plain.keys() if row.get(key) != plain.get(key)} - {"paper"}
@@ -779,6 +810,17 @@ def test_resumed_equals_uninterrupted(run, name, capsys):
     run("--steps", 8, "--out", "parts", "--resume")
     assert same(f"whole/{name}-gram-s0", f"parts/{name}-gram-s0")
     assert f"parts/{name}-gram-s0: goes on at update 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["gmmn-ae", "mmdgan", "sobolev"])
+def test_resumed_rows_equal_uninterrupted_ones(method):
+    """Steps of the critic only at the first update, bursts, a multiplier that grows; the log to the bit."""
+    flags = "--method", method, "--features", export("features-tiny.pt2"), "--steps"
+    run_cifar(*flags, 8, "--out", "whole")
+    run_cifar(*flags, 4, "--out", "parts")
+    run_cifar(*flags, 8, "--out", "parts", "--resume")
+    (_, a, log_a), (_, b, log_b) = (kept(f"{out}/cifar-{method}-s0") for out in ("whole", "parts"))
+    assert log_a["loss_f"] == log_b["loss_f"] and all(torch.equal(a[path], b[path]) for path in a)
 
 
 DRIVER = """
