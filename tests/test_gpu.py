@@ -151,6 +151,33 @@ def test_network_precision():
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
+@pytest.mark.parametrize("method", ["mmd-rqdot-16", "cramer-16", "swgan", "sn-smmd", "gamn", "mmdgan"])
+def test_losses_and_gradients_equal_the_cpu_s(method, monkeypatch):
+    """In full float32: layouts, both sets in one pass, slopes differentiated twice."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    row, found = cifar.METHODS[method], []
+    x, y = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    a = torch.rand(8, generator=torch.Generator().manual_seed(1))
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        _, f, decoder = (network and network.to(device) for network in cifar.networks(row))
+        f.eval()                    # no power iteration
+        for p in f.parameters():
+            p.data.mul_(1 if method == "gamn" else 4)       # far enough from 0 for a loss
+        kernel = common.kernels(cifar.SIGMA, cifar.RBF, cifar.ALPHA, device).get(row.get("kernel"))
+        game = common.Game(row, f, decoder, kernel, torch.zeros((), device=device), None)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *args, **kwargs: a.to(device))
+            loss = game.critic(x.to(device), y.to(device))
+        found.append([loss, *torch.autograd.grad(loss, list(f.parameters()), allow_unused=True)])
+    (loss, *wanted), (other, *gradients) = found
+    assert float(other) == pytest.approx(float(loss), rel=1e-2)
+    largest = max(float(u.abs().max()) for u in wanted if u is not None)
+    for u, v in zip(wanted, gradients):
+        assert (u is None) == (v is None)
+        assert u is None or float((u - v.cpu()).abs().max()) <= 1e-2 * largest
+
+
 def test_fid_inception_equals_the_cpu():
     """cuDNN's convolution, bias and ReLU in one kernel: in full float32, and in TF32 nearly so."""
     network, images = common.FidInception(inception_weights()), images_of(8)
