@@ -309,13 +309,13 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
 def main(argv=None):
     args = common.parse(common.flags(__doc__, METHODS, ["gram"], STEPS, images=True), argv, FIGURES, TABLES)
+    if args.figure == "singular" and not all("width" in METHODS[method]["nets"] for method in args.method):
+        sys.exit(f"--figure singular: found {' '.join(args.method)}, expected rows of seven-layer critics")
     device, samples = common.setup(args.device), args.samples or SAMPLES
     images, _ = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
     needed = f"--figure {args.figure}" if args.figure else adaptive
     judge = common.open_judge(args.features, f"{args.data}/cifar10-test.npy", device, needed)
-    if args.figure == "singular" and not all("width" in METHODS[method]["nets"] for method in args.method):
-        sys.exit(f"--figure singular: found {' '.join(args.method)}, expected rows of seven-layer critics")
     least = max(CODES if adaptive else 0, *(METHODS[method].get("batch", BATCH) for method in args.method))
     if len(images) < least:
         sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {least:,} or more")

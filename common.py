@@ -321,7 +321,8 @@ def witness(kernel, t, x, y):
     eq. 1).
     """
     both = torch.cat([x, y], -2)
-    K_x, K_y = kernel(t - origin(both), both - origin(both)).split([x.shape[-2], y.shape[-2]], -1)
+    centre = origin(both)
+    K_x, K_y = kernel(t - centre, both - centre).split([x.shape[-2], y.shape[-2]], -1)
     return (K_x.mean(-1) - K_y.mean(-1)).sum(-2)
 
 
@@ -2311,10 +2312,10 @@ def curves_figure(finished, panels, titles):
     methods = list(dict.fromkeys(method for (method, *_), _ in finished))
     columns = 3 if len(panels) > 4 else 2
     rows = math.ceil(len(panels) / columns)
+    logs = [read_log(folder) for (_, _, folder, _), _ in finished]
     figure = Figure(figsize=(5.5 * columns, 3.25 * rows), layout="constrained")
     for axes, (column, over) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
-        for (method, _, folder, _), result in finished:
-            log = read_log(folder)
+        for ((method, *_), result), log in zip(finished, logs):
             there = np.isfinite(log[column])
             x = log["step"] if over == "update" else log["seconds"]
             if over == "second" and result["milliseconds"]:

@@ -9,6 +9,9 @@ import torchvision
 from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))     # where the scripts are
+import cifar  # noqa: E402
+
+SWEPT = {name for panels in cifar.SWEEPS.values() for own in panels.values() for name in own}   # for a figure
 
 
 @contextmanager

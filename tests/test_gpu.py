@@ -5,10 +5,9 @@ import torch
 import cifar
 import common
 import ring2d
-from conftest import inception_weights
+from conftest import SWEPT, inception_weights
 
 MILLISECONDS = common.milliseconds
-SWEPT = {name for panels in cifar.SWEEPS.values() for own in panels.values() for name in own}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 

@@ -18,13 +18,12 @@ import cifar
 import common
 import ring2d
 import ring3d
-from conftest import export, says
+from conftest import SWEPT, export, says
 
 ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
 SMALL = dict(BATCH=8, SAMPLES=20, BOOTSTRAP=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2, BURST=2,
              BURST_UNTIL=1, CODES=20, ENCODE=2,
              TABLES={name: (20, own) for name, (_, own) in cifar.TABLES.items()})
-SWEPT = {name for panels in cifar.SWEEPS.values() for own in panels.values() for name in own}
 
 
 def small_nets(nets):
