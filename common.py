@@ -81,14 +81,9 @@ def squared_distances(x, y):
     is wrong by 1e-7 |x|^2, which can exceed the ridge of density_ratio and leave a Gram matrix that is not
     positive. So it is summed in float64 and rounded once.
     """
-    def lifted(t):
-        t = t.double()
-        return t, t.square().sum(-1, keepdim=True)
-
-    u, u_2 = lifted(x)
-    v, v_2 = (u, u_2) if y is x else lifted(y)
-    a = torch.cat([-2 * u, u_2, torch.ones_like(u_2)], -1)
-    b = torch.cat([v, torch.ones_like(v_2), v_2], -1)
+    x_2, y_2 = (t.double().square().sum(-1, keepdim=True) for t in (x, y))
+    a = torch.cat([-2 * x.double(), x_2, torch.ones_like(x_2)], -1)
+    b = torch.cat([y.double(), torch.ones_like(y_2), y_2], -1)
     return (a @ b.mT).to(x.dtype).clamp(min=0)
 
 
