@@ -2373,14 +2373,15 @@ def singular_figure(finished):
                 kept.setdefault(method, {})[step] = [v for v in values if len(v) > 1]
     depth = max(len(layers) for steps in kept.values() for layers in steps.values())
     figure = Figure(figsize=(2.4 * depth, 2.4 * len(kept)), layout="constrained")
-    for row, (method, steps) in zip(figure.subplots(len(kept), depth, squeeze=False), kept.items()):
+    grid = figure.subplots(len(kept), depth, squeeze=False, sharey=True)
+    for row, (method, steps) in zip(grid, kept.items()):
         for i, axes in enumerate(row):
             for place, step in enumerate(sorted(steps)):
                 axes.plot(steps[step][i] / steps[step][i].max(), label=f"{step:,}",
                           color=matplotlib.colormaps["viridis"](place / max(len(steps) - 1, 1)))
             axes.set_yscale("log")
             axes.set_title(f"{method}, layer {i + 1}", fontsize=8)
-            axes.tick_params(labelsize=6)
+            axes.tick_params(which="both", labelsize=6)
         row[0].legend(title="update", fontsize=6, title_fontsize=6)
     return figure
 
