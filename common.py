@@ -149,10 +149,12 @@ def origin(points):
 def kernels(sigma, rbf, alpha, device=None, dtype=torch.float32):
     """The kernels that a row of METHODS names, functions from [..., N, D] and [..., M, D] to [..., S, N, M].
 
-    sigma, rbf: bandwidths of the Gaussians "li" and "rbf"; alpha: of "rq" and "rq*", tuples.
+    sigma, rbf: bandwidths of the Gaussians "li" and "rbf", the latter the variances of "gmmn"; alpha: of "rq"
+    and "rq*", tuples.
     """
     sigma, rbf, alpha = (torch.tensor(v, dtype=dtype, device=device) for v in (sigma, rbf, alpha))
     return {"li": lambda x, y: gaussian(x, y, sigma), "rbf": lambda x, y: gaussian(x, y, rbf),
+            "gmmn": lambda x, y: gaussian(x, y, rbf.sqrt()),
             "rq": lambda x, y: rational_quadratic(x, y, alpha), "dot": dot,
             "rq*": lambda x, y: torch.cat([rational_quadratic(x, y, alpha), dot(x, y)], -3),
             "distance": distance, "unit": unit_gaussian}
@@ -582,7 +584,7 @@ def sobolev_critic(p, q, mu, spacing):
 # One row, one method: the losses of critic and generator that a row of a script's METHODS puts together
 # ------------------------------------------------------------------------------------------------------------
 
-SLOPED = ("smmd", "swgan", "sobolev")       # distances that need the critic's slope at the data
+SLOPED = ("smmd", "swgan", "gcmmd", "sobolev")      # distances that need the critic's slope at the data
 
 
 @contextmanager
@@ -606,14 +608,16 @@ class Game:
     mmd2              mmd2, unbiased                      the same
     wasserstein       wasserstein                         the same
     smmd, swgan       smmd2_section_4, swgan              the same
+    gcmmd             gradient_constrained_mmd2           the same
     cramer            mmd2, unbiased                      cramer
     sobolev           wasserstein                         sobolev
     gan               gan_generator                       -gan_critic
 
     Weights in a row, of what the critic holds itself by: penalty (kind, weight), kind gradient, l1, l2 or
     l2-all; activation; autoencoder; feasible, which the generator has too. scale: the coefficient of smmd and
-    swgan; rho: sobolev's; data_mmd: the generator's loss has the mmd of the points themselves. encode:
-    samples are codes, f and decoder an autoencoder of the data that its own loss trains (GMMN+AE).
+    swgan; lam: gcmmd's, whose mu are the data; rho: sobolev's; data_mmd: the generator's loss has the mmd of
+    the points themselves. encode: samples are codes, f and decoder an autoencoder of the data that its own
+    loss trains (GMMN+AE).
     f, decoder: networks or None; without f the points are the features. kernel: as in gram, or None.
     multiplier: sobolev's, a tensor of the run's state. rng: for the points of the gradient penalty.
     """
@@ -642,6 +646,8 @@ class Game:
             return wasserstein(h_x, h_y)
         if self.kind == "swgan":
             return swgan(h_x, h_y, J, self.row["scale"])
+        if self.kind == "gcmmd":
+            return gradient_constrained_mmd2(h_x, h_y, h_x, J, self.row["lam"])[0]
         K = gram(self.kernel, h_x, h_y)
         if self.kind == "mmd":
             return mmd(*K)
@@ -694,7 +700,7 @@ class Game:
         """The generator's loss at data x and samples y, [...], and their features h_x and h_y."""
         row = self.row
         with frozen(self.f):
-            h_x, h_y, J = self.features(x, y, sloped=("smmd", "swgan"))
+            h_x, h_y, J = self.features(x, y, sloped=SLOPED[:-1])
         loss = gan_generator(h_y) if self.kind == "gan" else self.distance(h_x, h_y, J)
         if "feasible" in row:
             loss = loss + row["feasible"] * feasible_set(h_x, h_y)
@@ -956,6 +962,14 @@ def batch_norm(channels):
     return nn.BatchNorm2d(channels, track_running_stats=False)
 
 
+def halved(size, times):
+    """Sizes of an image through convolutions of stride 2, from its own on: 28 to [28, 14, 7, 4, 2] by 4."""
+    sizes = [size]
+    for _ in range(times):
+        sizes.append(math.ceil(sizes[-1] / 2))
+    return sizes
+
+
 def dcgan_init(network):
     """The network with weights N(0, 0.02^2), those of convolutions cut off at 2 std, biases 0 (GRAMFlow)."""
     for layer in network.modules():
@@ -976,20 +990,22 @@ def layer_norm(channels):
 def dcgan_generator(noise, widths, channels, kernel=4, last=nn.Tanh, size=32):
     """DCGAN generator: [N, noise] to images [N, channels, size, size] in [-1, 1], or [0, 1] by nn.Sigmoid.
 
-    A linear layer to size / 2^n, then n transposed convolutions of stride 2, batch norm and ReLU in front of
-    each. In front of a batch norm a bias does nothing.
+    A linear layer to size / 2^n, rounded up, then n transposed convolutions of stride 2, batch norm and ReLU
+    in front of each. In front of a batch norm a bias does nothing. Where a size is odd the kernel has to be.
 
     widths                kernel  last     source
     (128, 64, 32)         4       Tanh     GRAM, Table 5
     (256, 128, 64)        4       Tanh     Li et al. 2017 (OctoberChang/MMD-GAN, base_module.py)
     (512, 256, 128)       5       Tanh     GAMN, WGAN: Gulrajani et al. 2017 (igul222, gan_cifar.py)
     (512, 256, 128, 64)   5       Sigmoid  Binkowski et al. 2018 (mbinkowski/MMD-GAN, architecture.py)
+    (256, 128, 64)        5       Sigmoid  for 28x28: Gulrajani et al. 2017 (igul222, gan_mnist.py)
     """
-    start = size // 2 ** len(widths)
+    *sizes, start = halved(size, len(widths))
     layers = [nn.Linear(noise, widths[0] * start ** 2), nn.Unflatten(1, (widths[0], start, start))]
-    for i, (a, b) in enumerate(zip(widths, [*widths[1:], channels]), 1):
+    for i, (a, b, after) in enumerate(zip(widths, [*widths[1:], channels], reversed(sizes)), 1):
+        rest = (after + kernel) % 2         # 1 more row than the transposed convolution alone would give
         layers += [batch_norm(a), nn.ReLU(inplace=True),
-                   nn.ConvTranspose2d(a, b, kernel, 2, (kernel - 1) // 2, kernel % 2, bias=i == len(widths))]
+                   nn.ConvTranspose2d(a, b, kernel, 2, (kernel - 1) // 2, rest, bias=i == len(widths))]
     return dcgan_init(Layers(*layers, last()))
 
 
@@ -997,13 +1013,14 @@ def dcgan_critic(channels, widths, out, kernel=4, norms=(batch_norm, batch_norm)
     """DCGAN critic: images [N, channels, size, size] to [N, out].
 
     Convolutions of stride 2, each with a norm and LeakyReLU 0.2, then a linear layer. norms: those behind the
-    first convolutions, the last of them behind all further ones, None for none.
+    first convolutions, the last of them behind all further ones, None for none. Sizes are halved and rounded
+    up; where one is odd the kernel has to be.
 
     widths                kernel  norms               source
     (32, 64, 128)         4       batch, batch        GRAM, Table 6; (32, 32, 64) Table 7
     (64, 128, 256)        4       None, batch         Li et al. 2017; their last convolution, of all
                                                       4x4 pixels, is the linear layer
-    (128, 256, 512)       5       None, layer         GAMN; WGAN with batch norm
+    (128, 256, 512)       5       None, layer         GAMN; WGAN with batch norm; (64, 128, 256) for 28x28
     (64, 128, 256, 512)   5       None, None          Binkowski et al. 2018; (16, 32, 64, 128) the small one
 
     GRAM's paper says that the critic has batch norm, not where; GRAMFlow has none behind the first
@@ -1014,8 +1031,21 @@ def dcgan_critic(channels, widths, out, kernel=4, norms=(batch_norm, batch_norm)
         norm = norms[min(i, len(norms) - 1)]
         layers += [conv(a, b, kernel, 2, (kernel - 1) // 2, bias=norm is None),
                    *([norm(b)] if norm else []), nn.LeakyReLU(0.2, inplace=True)]
-    pixels = (size // 2 ** len(widths)) ** 2
+    pixels = halved(size, len(widths))[-1] ** 2
     return dcgan_init(Layers(*layers, nn.Flatten(), nn.Linear(widths[-1] * pixels, out)))
+
+
+def pooled_critic(channels, widths, out, size=28):
+    """Critic of GRAM's Table 3, of widths (16, 32, 32): images [N, channels, size, size] to [N, out].
+
+    Convolutions of 3x3, each with batch norm, ReLU and the largest of each 2x2, then a linear layer.
+    """
+    layers = []
+    for a, b in zip([channels, *widths], widths):
+        layers += [nn.Conv2d(a, b, 3, 1, 1, bias=False), batch_norm(b), nn.ReLU(inplace=True),
+                   nn.MaxPool2d(2)]
+    pixels = (size // 2 ** len(widths)) ** 2
+    return Layers(*layers, nn.Flatten(), nn.Linear(widths[-1] * pixels, out))
 
 
 def sngan_generator(noise, channels, width=64):
@@ -1050,16 +1080,17 @@ def image_networks(nets, row, channels, size):
     """Generator, critic and decoder of a row, None for what it has not, from a description of its networks.
 
     nets: the widths g and f of dcgan_generator and dcgan_critic, with kernel and norms, each none, batch or
-    layer, or the width of SN-GAN's networks, or mlp, the widths of a generator of linear layers; z; unit, if
-    pixels are in [0, 1]; encoder, widths. row: critic, its outputs; spectral, learned or fixed; autoencoder;
-    encode, if the generator makes codes.
+    layer, or the width of SN-GAN's networks, or mlp, the widths of a generator of linear layers, and pooled,
+    those of a pooled_critic; z; unit, if pixels are in [0, 1]; encoder, widths. row: critic, its outputs;
+    spectral, learned or fixed; autoencoder; encode, if the generator makes codes.
     """
     shape, z, out = (channels, size, size), nets["z"], row["critic"]
     last, kernel = nn.Sigmoid if "unit" in nets else nn.Tanh, nets["kernel"]
     if "mlp" in nets:
         to_image = [last(), nn.Unflatten(1, shape)]
         if "encode" not in row:
-            return nn.Sequential(mlp(z, *nets["mlp"]), *to_image), None, None
+            g = nn.Sequential(mlp(z, *nets["mlp"]), *to_image)
+            return g, pooled_critic(channels, nets["pooled"], out, size) if out else None, None
         f = nn.Sequential(nn.Flatten(), mlp(*nets["encoder"]), nn.Sigmoid())
         decoder = nn.Sequential(mlp(*reversed(nets["encoder"])), *to_image)
         return nn.Sequential(mlp(z, *nets["mlp"]), nn.Sigmoid()), f, decoder
@@ -1142,12 +1173,12 @@ class Sampler(nn.Sequential):
     """What a run's samples are drawn with: its generator's averaged weights, and the contrast of the data.
 
     nets: z, noise and unit of image_networks; eta: of Average; decoder: of a generator of codes. From noise
-    [N, z] to images [N, channels, H, W] in [-1, 1].
+    [N, z] to images [N, channels, H, W] in [-1, 1]. With eta and channels None: its generator as it is.
     """
 
-    def __init__(self, g, nets, eta, channels, decoder=None):
-        super().__init__(Average(g, eta), *([decoder] if decoder else []),
-                         *([Signed()] if "unit" in nets else []), Contrast(channels))
+    def __init__(self, g, nets, eta=None, channels=None, decoder=None):
+        super().__init__(Average(g, eta) if eta is not None else g, *([decoder] if decoder else []),
+                         *([Signed()] if "unit" in nets else []), *([Contrast(channels)] if channels else []))
         self.z, self.draw_noise = nets["z"], dict(normal=normal_noise, uniform=uniform_noise)[nets["noise"]]
 
     def fit(self, images):
@@ -1166,7 +1197,7 @@ class Sampler(nn.Sequential):
     @torch.no_grad()
     def draw(self, n, seed=0):
         """n images, uint8 on the CPU, of a seed's noise; at most 500 at a time (see batch_norm)."""
-        z = self.noise(n, torch.Generator().manual_seed(seed)).to(self[-1].mean.device)
+        z = self.noise(n, torch.Generator().manual_seed(seed)).to(next(self.parameters()).device)
         return torch.cat([to_bytes(self(part)) for part in z.split(500)]).cpu()
 
 
@@ -1275,6 +1306,22 @@ def load_images(name, split, folder):
         with replacing(path) as file:
             np.save(file, np.ascontiguousarray(images))
     return read_array(path, shape)
+
+
+def load_labels(name, split, folder):
+    """The labels of load_images as int64 [N], of FOLDER/NAME-SPLIT-labels.npy, which it builds with them.
+
+    Exits with a message if the file is not there or holds no such array.
+    """
+    path = f"{folder}/{name}-{split}-labels.npy"
+    wanted = "expected uint8 [N]; put it there, or delete the images beside it to have torchvision fetch both"
+    try:
+        labels = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        sys.exit(f"{path}: cannot be read ({first_line(error)}); {wanted}")
+    if labels.dtype != np.uint8 or labels.ndim != 1:
+        sys.exit(f"{path}: found {labels.dtype} {list(labels.shape)}, {wanted}")
+    return torch.from_numpy(labels).long()
 
 
 SCORES = {"fd": 1, "kid": 1, "isc": -1}     # and the sign with which less is better
@@ -1481,10 +1528,8 @@ def load_features(path, device):
     """A feature network: a function from uint8 [N, 3, H, W] to features [N, D] and logits [N, C] or None.
 
     path: None for FidInception, fetched if need be; a .pth file of its weights; or a torch.export file (.pt2)
-    that returns features, or a tuple of features and logits. The attribute `width` is D, `name` what its
-    scores are called by (FID_NAME for the published weights and no others), `key` the start of its file's
-    SHA-256. Raises OSError if FidInception cannot be fetched, and exits with a message if the file holds no
-    such network; the function raises RuntimeError where the network fails.
+    that returns features, or a tuple of features and logits. Its attributes: feature_function's. Raises
+    OSError if FidInception cannot be fetched, and exits with a message if the file holds no such network.
     """
     file = path or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION)}"
     wanted = ("expected weights of FID's Inception network (.pth) or a torch.export file (.pt2) of a network "
@@ -1508,7 +1553,17 @@ def load_features(path, device):
                       "it, or another network, with --features FILE") from error
     finally:
         logging.disable(logging.NOTSET)
+    return feature_function(network, file, wanted, 32, device)
 
+
+def feature_function(network, file, wanted, size, device):
+    """A network as load_features returns it, tried on a few images of that size; the file is its weights'.
+
+    The attribute `width` is D, `name` what its scores are called by (FID_NAME for the published weights and
+    no others), `key` the start of its file's SHA-256, `accuracy` None or the share of test images that it
+    classifies rightly. Exits with a message if the network is none, which ends with the text wanted; the
+    function raises RuntimeError where the network fails.
+    """
     conv = torch.backends.cudnn.conv
 
     @torch.no_grad()
@@ -1523,7 +1578,7 @@ def load_features(path, device):
         return (out, None) if torch.is_tensor(out) else (*out, None)[:2]
 
     for n in (2, 3):            # a network exported without a dynamic batch takes one of them only
-        images = torch.arange(n * 3072, dtype=torch.int32).byte().view(n, 3, 32, 32)
+        images = torch.arange(n * 3 * size ** 2, dtype=torch.int32).byte().view(n, 3, size, size)
         try:
             found, _ = features(images.to(device))
         except RuntimeError as error:
@@ -1537,6 +1592,76 @@ def load_features(path, device):
         features.key = hashlib.sha256(weights.read()).hexdigest()[:8]
     stem = os.path.splitext(os.path.basename(file))[0].removeprefix("features-")
     features.name, features.width = FID_NAME if features.key == FID_KEY else stem, found.shape[1]
+    features.accuracy = None
+    return features
+
+
+class LeNet(nn.Module):
+    """The network that stands for Inception on MNIST (Demystifying MMD GANs, section 4): a LeNet.
+
+    Grey uint8 images [N, C, 28, 28], all channels alike, to features [N, 512], behind their ReLU, and logits
+    [N, 10]. Of TensorFlow's MNIST tutorial (tensorflow/models, tutorials/image/mnist/convolutional.py); the
+    paper's weights are not released.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 5, padding=2),
+            nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 49, 512), nn.ReLU())
+        self.classes = nn.Linear(512, 10)
+
+    def forward(self, images):
+        found = self.features(images[:, :1].float() / 255 - 0.5)
+        return found, self.classes(found)
+
+
+def train_lenet(images, labels, epochs, batch, rate):
+    """A LeNet trained on uint8 images [N, 1, 28, 28] with labels int64 [N], seed 0.
+
+    By Adam, whose rate rises to the given one and falls; the tutorial has momentum, dropout and 10 epochs.
+    """
+    torch.manual_seed(0)
+    network = LeNet().to(images.device)
+    optimizer, n = torch.optim.Adam(network.parameters()), len(images) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * n)
+    for step in range(epochs * n):
+        if step % n == 0:
+            order = torch.randperm(len(images)).to(images.device)
+        index = order[step % n * batch:][:batch]
+        loss = F.cross_entropy(network(images[index])[1], labels[index])
+        descend((optimizer, loss))
+        schedule.step()
+    return network
+
+
+def load_lenet(folder, device, epochs, batch, rate):
+    """The LeNet of FOLDER/features-lenet.pth as load_features returns a network, with its accuracy.
+
+    If it is not there it is trained on MNIST's training images by train_lenet, and kept. Its accuracy is the
+    share of MNIST's test images that it classifies rightly. Exits with a message if the file holds no LeNet.
+    """
+    path = f"{folder}/features-lenet.pth"
+    if not os.path.exists(path):
+        images, test = (load_images("mnist", split, folder).to(device) for split in ("train", "test"))
+        labels, wanted = (load_labels("mnist", split, folder).to(device) for split in ("train", "test"))
+        print(f"{path}: built once, by {epochs} epochs of {len(images):,} images", flush=True)
+        network = train_lenet(images, labels, epochs, batch, rate)
+        with torch.no_grad():
+            found = torch.cat([network(part)[1].argmax(1) for part in test.split(1_000)])
+        accuracy = (found == wanted).double().mean().item()
+        with replacing(path) as file:
+            torch.save(dict(weights=network.cpu().state_dict(), accuracy=accuracy), file)
+    again = "delete it to have it trained anew"
+    try:
+        kept, network = torch.load(path, map_location=device, weights_only=True), LeNet().to(device)
+        network.load_state_dict(kept["weights"])
+        accuracy = float(kept["accuracy"])
+    except Exception as error:                      # whatever its reader stumbles over
+        sys.exit(f"{path}: no LeNet ({first_line(error)}); {again}")
+    features = feature_function(network.eval(), path, again, 28, device)
+    features.accuracy = accuracy
+    print(f"{path}: classifies {accuracy:.2%} of MNIST's test images rightly")
     return features
 
 
@@ -1609,8 +1734,9 @@ class Judge:
 
         fd: Frechet distance, FID if the network is FID's. kid, kid_std: KID, its std over subsets. isc,
         isc_std: Inception score, its std over splits, where the network has logits. features: the network's
-        name. samples: N. reference: the judge's name. Of resampled images or more, if not 0: fd_bootstrap,
-        fd_bootstrap_std, bootstrap_frechet_distance of the first so many, and bootstrap_samples, how many.
+        name; accuracy: its own, if it is known. samples: N. reference: the judge's name. Of resampled images
+        or more, if not 0: fd_bootstrap, fd_bootstrap_std, bootstrap_frechet_distance of the first so many,
+        and bootstrap_samples, how many.
         Where the network fails RuntimeError, or with the name of a run nothing but a line that says so.
         """
         device = self.device
@@ -1629,17 +1755,20 @@ class Judge:
             scores["fd_bootstrap"], scores["fd_bootstrap_std"] = bootstrap_frechet_distance(
                 found[:resampled], self.fit, resamplings, device=device)
             scores["bootstrap_samples"] = resampled
+        if self.network.accuracy is not None:
+            scores["accuracy"] = self.network.accuracy
         return dict(scores, features=self.network.name, samples=len(found), reference=self.name)
 
 
 def open_judge(features, reference, device, needed=None):
     """The Judge of load_features and reference_statistics, or None where FID's network cannot be fetched.
 
-    features, reference: paths as they take them. needed: what cannot do without, a name for the message that
-    it exits with. Otherwise it says where the network was looked for: samples can be scored later.
+    features, reference: paths as they take them, or a network as load_features returns it. needed: what
+    cannot do without, a name for the message that it exits with. Otherwise it says where the network was
+    looked for: samples can be scored later.
     """
     try:
-        network = load_features(features, device)
+        network = features if callable(features) else load_features(features, device)
     except OSError as error:
         if needed:
             sys.exit(f"{needed} needs a feature network. {error}")
@@ -2108,7 +2237,8 @@ def flags(doc, methods, default, steps, images):
     """The parser of a script's flags; a script adds its own to it.
 
     doc: its docstring; methods: its METHODS, default a list of them; steps: its updates; images: with --data,
-    --features. A default or steps of None is the figure's, for the script to set.
+    --features, a text: what network is the default. A default or steps of None is the figure's, for the
+    script to set.
     """
     def standing(value):
         return f"(default {value})" if value else "(default: the figure's)"
@@ -2135,25 +2265,27 @@ def flags(doc, methods, default, steps, images):
     add("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
     if images:
         add("--data", type=folder, default="data", metavar="DIR", help="folder of the arrays (default data)")
+        network = images if isinstance(images, str) else "that one, fetched"
         add("--features", metavar="FILE", help="network to score with: a torch.export file (.pt2) from uint8 "
                                                "[N, 3, H, W] to features [N, D], or a copy (.pth) of the "
-                                               "weights of FID's Inception network (fetched)")
+                                               f"weights of FID's Inception network (default {network})")
     return parser
 
 
 def parse(parser, argv, figures, tables):
     """The flags of an image script, --figure and --table among them; samples as its table has them, or None.
 
-    figures: {name: defaults of other flags}; tables: {name: (samples, methods as one text)}. What is trained
-    already for a figure or a table is not trained again: resume is set.
+    figures: {name: defaults of other flags}; tables: {name: (samples, methods as one text)}, or with its
+    updates for a third. What is trained already for a figure or a table is not trained again: resume is set.
     """
     parser.add_argument("--figure", choices=list(figures), metavar="NAME",
                         help=f"draw {', '.join(figures)}; what has been trained for it is not trained again")
     parser.add_argument("--table", choices=list(tables), metavar="NAME",
                         help=f"train and score the methods of a paper's table: {', '.join(tables)}; likewise")
     args = parser.parse_args(argv)
-    samples, methods = tables.get(args.table, (None, ""))
+    samples, methods, *steps = tables.get(args.table, (None, ""))
     given = dict(method=methods.split()) if args.table else {}
+    given |= dict(steps=steps[0]) if steps else {}
     parser.set_defaults(samples=samples, **given | figures.get(args.figure, {}))
     args = parser.parse_args(argv)
     args.resume = args.resume or bool(args.figure or args.table)
@@ -2297,12 +2429,12 @@ def curve_panel(axes, steps, curves):
     axes.tick_params(labelsize=7)
 
 
-def curves_figure(finished, panels, titles):
+def curves_figure(finished, panels, titles, linear=()):
     """Panels, pairs (column, over), of the logs of finished runs: a colour a method, a line a seed.
 
     finished: pairs of a run of open_runs and its result; titles: {column: title}. over: "update", or
     "second", of a run alone on the GPU, from its result's milliseconds an update; on a CPU of all runs of the
-    command.
+    command. linear: columns whose axis has no log scale.
     """
     methods = list(dict.fromkeys(method for (method, *_), _ in finished))
     columns = 3 if len(panels) > 4 else 2
@@ -2321,7 +2453,7 @@ def curves_figure(finished, panels, titles):
         labels = dict(zip(*reversed(axes.get_legend_handles_labels())))     # one for each method
         if labels:
             axes.legend(labels.values(), labels, fontsize=7)
-            axes.set_yscale("log")
+            axes.set_yscale("linear" if column in linear else "log")
         axes.set_title(titles[column], fontsize=9)
         axes.set_xlabel(over, fontsize=8)
         axes.tick_params(labelsize=7, which="both")
@@ -2408,7 +2540,10 @@ def score_table(runs, results, methods):
     head = ["method", "updates", "seeds finished", "Inception score" if fid else "score of its logits",
             "FID" if fid else "Fréchet distance", "1,000 KID", "bootstrap, biased upward",
             "ms an update alone", "MiB", "the paper: Inception score, FID, KID"]
-    what = "{features}; {samples:,} samples against {reference}".format(**scored) if scored else "not scored"
+    what = "not scored"
+    if scored:
+        right = f", {scored['accuracy']:.2%} accuracy" if "accuracy" in scored else ""
+        what = f"{scored['features']}{right}; {scored['samples']:,} samples against {scored['reference']}"
     return f"{what}; mean ± std over seeds\n\n{table(head, rows)}"
 
 

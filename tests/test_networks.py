@@ -54,6 +54,34 @@ def test_networks_of_the_other_papers():
     assert count(f) == filters + 8193
 
 
+@pytest.mark.parametrize("size, times, sizes", [(28, 4, [28, 14, 7, 4, 2]), (28, 3, [28, 14, 7, 4]),
+                                                (9, 2, [9, 5, 3]), (32, 3, [32, 16, 8, 4])])
+def test_odd_sizes_are_halved_and_rounded_up(size, times, sizes):
+    """In the critic, and in the generator the other way round, at every layer."""
+    assert common.halved(size, times) == sizes
+    widths, seen = (4,) * times, []
+    g = common.dcgan_generator(8, widths, 1, kernel=5, size=size)
+    f = common.dcgan_critic(1, widths, 2, kernel=5, norms=(None,), size=size)
+    for layer in (*g, *f):
+        if isinstance(layer, (nn.ConvTranspose2d, nn.Conv2d)):
+            layer.register_forward_hook(lambda layer, x, y: seen.append(y.shape[-1]))
+    assert f(g(torch.rand(3, 8))).shape == (3, 2)
+    assert seen == [*reversed(sizes[:-1]), *sizes[1:]]
+
+
+def test_pooled_critic():
+    """GRAM's Table 3: 28 to 14, 7 and 3 by convolution, batch norm, ReLU, the largest of 2x2."""
+    torch.manual_seed(0)
+    f, x = common.pooled_critic(1, (4, 5, 6), 3), torch.rand(7, 1, 28, 28)
+    w, h = list(f.parameters()), x
+    for i in (0, 3, 6):
+        h = nn.functional.conv2d(h, w[i], padding=1)
+        h = (h - h.mean((0, 2, 3), keepdim=True)) / (h.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+        h = nn.functional.max_pool2d(h.relu(), 2)
+    assert h.shape == (7, 6, 3, 3)
+    assert torch.allclose(f(x), h.flatten(1) @ w[9].T + w[10], atol=1e-5)
+
+
 def test_layer_norm_is_over_the_whole_image():
     x = torch.randn(4, 6, 5, 5)
     expected = nn.functional.layer_norm(x, x.shape[1:])
