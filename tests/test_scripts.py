@@ -16,6 +16,7 @@ import torch
 
 import cifar
 import common
+import mnist
 import ring2d
 import ring3d
 from conftest import SWEPT, export, says
@@ -155,6 +156,7 @@ def by_hand(row, f, decoder, x, y, a):
         "rq": lambda u, v: sum((1 + d(u, v) / (2 * s)) ** -s for s in (0.2, 0.5, 1, 2, 5)),
         "dot": lambda u, v: u @ v.T, "unit": lambda u, v: torch.exp(-d(u, v) / 2),
         "distance": lambda u, v: (u.norm(dim=1)[:, None] + v.norm(dim=1) - (d(u, v) + 1e-30).sqrt()) / 2}
+    kernels["gmmn"] = lambda u, v: sum(torch.exp(-d(u, v) / (2 * s)) for s in (2, 5, 10, 20, 40, 80))
     kernels["rq*"] = lambda u, v: kernels["rq"](u, v) + kernels["dot"](u, v)
     k, kind, n = kernels.get(row.get("kernel")), row["distance"], len(x)
 
@@ -1027,7 +1029,7 @@ def test_readme_names_what_is_there():
     assert len(names) > 10 and all(hasattr(common, name) for name in names)
 
 
-@pytest.mark.parametrize("script", [cifar, ring2d, ring3d])
+@pytest.mark.parametrize("script", [cifar, mnist, ring2d, ring3d])
 def test_help_explains_every_flag(script, capsys):
     with pytest.raises(SystemExit) as end:
         script.main(["--help"])
