@@ -28,8 +28,8 @@ BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # MMD-GAN's critic steps: at
 ENCODE = 20_000             # steps of GMMN+AE's autoencoder, all at first; ours, the paper's go by layers
 AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
                             # t^3; the average, mirrored data, the data's contrast are ours: see README.md
-ADAPT_EVERY, WINDOW, PATIENCE = 2_000, 10, 3        # rates that adapt, Demystifying MMD GANs, section 5
-LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6              # mbinkowski/MMD-GAN, gan/utils/scorer.py
+ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt by so many samples, and how: Demystifying MMD
+ADAPT = dict(window=10, patience=3, level=0.1, floor=1e-6)      # GANs, section 5, and its code's scorer.py
 SAMPLES = 10_000            # to keep and to score, but for --table
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
@@ -136,19 +136,9 @@ SWEEPS = {
                             for rate in (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)},
           "batch size": {f"{name}-batch{n}": n for name in ("gram", "gan", "mmdgan")
                          for n in (16, 32, 64, 128, 256)}},
-    "5c": {"K, the critic's dimension": {f"gram-k{k}": k for k in (2, 8, 32, 128, 512, 1024, 2048)}},
+    "5c": {"K": {f"gram-k{k}": k for k in (2, 8, 32, 128, 512, 1024, 2048)}},
 }
-
-
-def swept(row, axis, value):
-    """A row of METHODS at a value of an axis of SWEEPS."""
-    rates = {key: value if key == "rmsprop" else (value, *row[key][1:])
-             for key in ("adam", "adam_g", "rmsprop") if key in row}
-    changed = {"learning rate": rates, "batch size": dict(batch=value)}.get(axis, dict(critic=value))
-    return dict(row, paper="-") | changed
-
-
-METHODS |= {name: swept(METHODS[name.rsplit("-", 1)[0]], axis, value) for panels in SWEEPS.values()
+METHODS |= {name: common.swept(METHODS[name.rsplit("-", 1)[0]], axis, value) for panels in SWEEPS.values()
             for axis, own in panels.items() for name, value in own.items()}
 METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 
@@ -168,11 +158,6 @@ FIGURES |= {"scores": dict(method=["smmd", "sn-smmd", "mmd-rqdot-16", "wgan-gp-1
             "singular": dict(method=["smmd", "sn-smmd"], steps=20_000),     # Scaled MMD, Figures 2b and 7
             "gamn": dict(method=["gamn"]), "neighbours": dict(method=["gram"]),         # GRAM, Figure 4
             "bias": {}, "noise": {}}
-COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
-READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")       # condition: of the matrix the ratio inverts
-TITLES = dict(fd="Fréchet distance to the test images", kid="KID", mean_r="mean of r",
-              isc="Inception score, by the feature network's logits", loss_g="MMD of the mapped batches",
-              condition="condition number of K + ridge I", spread="variance of f(x) over variance of f(y)")
 CURVES = {      # over updates, or seconds of a run alone: as Scaled MMD, Figures 2a and 8; GAMN, Figure 5
     "all": [(name, "update") for name in ("fd", "mean_r", "condition", "spread")],
     "scores": [(name, over) for over in ("update", "second") for name in ("fd", "kid", "isc")],
@@ -206,7 +191,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
     opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop")) if f else None
     rng = torch.Generator(device).manual_seed(seed)
-    log = common.Log(folder, COLUMNS, steps, device, READINGS)
+    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
     state = dict(g=g, opt_g=opt_g, critic=critic, sampler=sampler, rng=rng, log=log)
     state |= dict(opt_f=opt_f) if f else {}
     kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))
@@ -255,10 +240,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         update()
 
     def readings(step):
-        found = {}
-        if "ridge" in row:
-            values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
-            found["condition"] = float((values[:, -1] / values[:, 0]).max())
+        found = dict(condition=common.condition(K_ratio, row["ridge"])) if "ridge" in row else {}
         if judge and (step % grid_every == 0 or step == steps):
             found |= score(SAMPLES)
         if "adaptive" in state and step % ADAPT_EVERY == 0:
@@ -274,8 +256,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     scores = {}
     if judge and "decay" in row:
         x, key = judge.codes(images[:CODES]), judge.network.key
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, WINDOW, PATIENCE, row["decay"],
-                                                LEVEL, FLOOR)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], **ADAPT)
     step = common.load(folder, state, settings)
     speed = {key: common.read_result(folder).get(key) for key in ("milliseconds", "MiB")}
     if step < steps:
@@ -312,38 +293,31 @@ def main(argv=None):
     if args.figure == "singular" and not all("width" in METHODS[method]["nets"] for method in args.method):
         sys.exit(f"--figure singular: found {' '.join(args.method)}, expected rows of seven-layer critics")
     device, samples = common.setup(args.device), args.samples or SAMPLES
-    images, _ = (common.load_images("cifar10", split, args.data) for split in ("train", "test"))
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
     needed = f"--figure {args.figure}" if args.figure else adaptive
-    judge = common.open_judge(args.features, f"{args.data}/cifar10-test.npy", device, needed)
     least = max(CODES if adaptive else 0, *(METHODS[method].get("batch", BATCH) for method in args.method))
-    if len(images) < least:
-        sys.exit(f"{args.data}/cifar10-train.npy: found {len(images)} images, expected {least:,} or more")
-    images = images.to(device)
-
-    def keep(name, picture):
-        common.make_folder(args.out)
-        common.save_figure(f"{args.out}/cifar-{name}.png", picture)
-        print(f"{args.out}/cifar-{name}.png")
-
-    figure = f"figure{args.figure}"
+    images = common.load_images("cifar10", "train", args.data, least).to(device)
+    common.load_images("cifar10", "test", args.data)        # for the judge to read
+    judge = common.open_judge(args.features, f"{args.data}/cifar10-test.npy", device, needed)
+    figure = f"{args.out}/cifar-figure{args.figure}.png"
     if args.figure == "bias":       # Demystifying MMD GANs, Figure 1 and appendix D.2
-        return keep(figure, common.bias_figure(images, judge, KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES))
+        picture = common.bias_figure(images, judge, KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES)
+        return common.keep_figure(figure, picture)
     if args.figure == "noise":      # its appendix E, with MNIST's digits where the paper has ImageNet
         digits = nn.functional.pad(common.load_images("mnist", "train", args.data), (2, 2, 2, 2))
-        return keep(figure, common.noise_figure(images, digits.expand(-1, 3, -1, -1), judge))
-    finished = common.train_runs(__file__, globals(), args, argv, device, COLUMNS + READINGS,
+        return common.keep_figure(figure, common.noise_figure(images, digits.expand(-1, 3, -1, -1), judge))
+    finished = common.train_runs(__file__, globals(), args, argv, device,
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
-    keep("curves", common.curves_figure(finished, CURVES["all"], TITLES))
+    common.keep_figure(f"{args.out}/cifar-curves.png", common.curves_figure(finished, CURVES["all"]))
     if args.figure in SWEEPS:
-        keep(figure, common.sweep_figure(finished, SWEEPS[args.figure]))
+        common.keep_figure(figure, common.sweep_figure(finished, SWEEPS[args.figure]))
     if args.figure in CURVES:
-        keep(figure, common.curves_figure(finished, CURVES[args.figure], TITLES))
+        common.keep_figure(figure, common.curves_figure(finished, CURVES[args.figure]))
     if args.figure == "singular":
-        keep(figure, common.singular_figure(finished))
+        common.keep_figure(figure, common.singular_figure(finished))
     if args.figure == "neighbours":
         shown = common.read_images(f"{finished[0][0][2]}/samples.npy")[:10]
-        keep(figure, common.neighbours_figure(shown, images, judge))
+        common.keep_figure(figure, common.neighbours_figure(shown, images, judge))
 
 
 if __name__ == "__main__":

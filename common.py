@@ -235,6 +235,12 @@ def density_ratio(K_qq, K_qp, ridge):
     return (r_0 + P @ (b - A @ r_0)).squeeze(-1).mean(-2)
 
 
+def condition(K, ridge):
+    """The largest condition number of K + ridge I, what density_ratio inverts, over kernels K [S, N, N]."""
+    values = torch.linalg.eigvalsh(K.double().cpu()) + ridge
+    return float((values[:, -1] / values[:, 0]).max())
+
+
 def pearson(r):
     """Estimate mean((r - 1)^2) of the Pearson divergence from r = p / q at samples of q (GRAM, eq. 7).
 
@@ -584,7 +590,7 @@ def sobolev_critic(p, q, mu, spacing):
 # One row, one method: the losses of critic and generator that a row of a script's METHODS puts together
 # ------------------------------------------------------------------------------------------------------------
 
-SLOPED = ("smmd", "swgan", "gcmmd", "sobolev")      # distances that need the critic's slope at the data
+SLOPED = ("smmd", "swgan", "gcmmd")     # distances that need the critic's slope at the data
 
 
 @contextmanager
@@ -671,7 +677,7 @@ class Game:
     def critic(self, x, y):
         """The critic's loss at data x and samples y, both [..., N, *shape]: [...]."""
         row, outputs = self.row, []
-        h_x, h_y, J = self.features(x, y, outputs if "activation" in row else None)
+        h_x, h_y, J = self.features(x, y, outputs if "activation" in row else None, (*SLOPED, "sobolev"))
         if "encode" in row:
             return reconstruction(self.points(x), self.points(self.decoder(h_x)))
         if self.kind == "gan":
@@ -700,7 +706,7 @@ class Game:
         """The generator's loss at data x and samples y, [...], and their features h_x and h_y."""
         row = self.row
         with frozen(self.f):
-            h_x, h_y, J = self.features(x, y, sloped=SLOPED[:-1])
+            h_x, h_y, J = self.features(x, y)
         loss = gan_generator(h_y) if self.kind == "gan" else self.distance(h_x, h_y, J)
         if "feasible" in row:
             loss = loss + row["feasible"] * feasible_set(h_x, h_y)
@@ -1280,12 +1286,12 @@ SETS = {
 }
 
 
-def load_images(name, split, folder):
+def load_images(name, split, folder, least=1):
     """The images of FOLDER/NAME-SPLIT.npy as a uint8 tensor [N, C, H, W] that maps the file.
 
     name: a key of SETS; split: "train" or "test". A missing file is built from torchvision's download, with
     its labels in FOLDER/NAME-SPLIT-labels.npy, uint8 [N]. Exits with a message if that fails or the file is
-    no such array.
+    no such array of so many images at the least.
     """
     path, (source, shape) = f"{folder}/{name}-{split}.npy", SETS[name]
     if not os.path.exists(path):
@@ -1305,7 +1311,10 @@ def load_images(name, split, folder):
             np.save(file, np.asarray(data.targets, np.uint8))
         with replacing(path) as file:
             np.save(file, np.ascontiguousarray(images))
-    return read_array(path, shape)
+    images = read_array(path, shape)
+    if len(images) < least:
+        sys.exit(f"{path}: found {len(images)} images, expected {least:,} or more")
+    return images
 
 
 def load_labels(name, split, folder):
@@ -1853,7 +1862,7 @@ class AdaptiveRate:
     each model row sums are kept and no features (similarity).
     """
 
-    def __init__(self, optimizers, x, key, window, patience, decay, level, floor):
+    def __init__(self, optimizers, x, key, decay, window, patience, level, floor):
         self.optimizers, self.x, self.key = optimizers, x.double(), key
         self.window, self.patience = window, patience
         self.decay, self.level, self.floor = decay, level, floor
@@ -2216,6 +2225,11 @@ class Log:
         return [float(total / sums[-1]) if given else None for total, given in zip(sums, self.given)]
 
 
+COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # of the log of a run of images; spread:
+                                                                # variance of f(x) over that of f(y)
+READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")       # condition: of the matrix the ratio inverts
+
+
 def log_head(columns):
     """The head of the rows that Log prints."""
     return f"{'run':<20}{'update':>9}{''.join(f'{c:>11}' for c in columns)}{'updates/s':>11}{'min left':>11}"
@@ -2292,19 +2306,19 @@ def parse(parser, argv, figures, tables):
     return args
 
 
-def train_runs(script, namespace, args, argv, device, columns, begin):
+def train_runs(script, namespace, args, argv, device, begin):
     """Train the runs that the flags ask for side by side, with all that is printed and kept; [(run, result)].
 
-    script, namespace: its file and globals(), with METHODS and networks(); args: of parse(argv); columns: of
-    its log; begin: from a run of open_runs to its generator. Returns those that finished, after the table of
-    their scores, and exits with a message if there are none.
+    script, namespace: its file and globals(), with METHODS and networks(); args: of parse(argv); begin: from
+    a run of open_runs to its generator. Returns those that finished, after the table of their scores, and
+    exits with a message if there are none.
     """
     runs = open_runs(args.out, script, namespace, args.method, args.seeds, args.resume, device)
     for method in dict.fromkeys(args.method):
         g, f, decoder = namespace["networks"](namespace["METHODS"][method])
         print(f"{method}: generator of {count(g):,} parameters, critic of {count(f):,}, "
               f"decoder of {count(decoder):,}")
-    print(log_head(columns))
+    print(log_head(COLUMNS + READINGS))
     results = interleave([begin(run) for run in runs])
     typed = command(script, argv)
     finished = list(ended(runs, results, typed))
@@ -2394,6 +2408,13 @@ def save_figure(path, figure):
         figure.savefig(file, format="png", dpi=110)
 
 
+def keep_figure(path, figure):
+    """Write a matplotlib figure as a PNG into a folder that is made if need be, and print its path."""
+    make_folder(os.path.dirname(path))
+    save_figure(path, figure)
+    print(path)
+
+
 def scatter_panel(axes, x, y, title):
     """A panel with data x in blue and samples y in orange, [N, 2], to one scale; of [N, 1], histograms."""
     for points, colour, label in ((x, "tab:blue", "data"), (y, "tab:orange", "samples")):
@@ -2429,12 +2450,17 @@ def curve_panel(axes, steps, curves):
     axes.tick_params(labelsize=7)
 
 
-def curves_figure(finished, panels, titles, linear=()):
+TITLES = dict(fd="Fréchet distance to the test images", kid="KID", mean_r="mean of r",
+              isc="Inception score, by the feature network's logits", loss_g="generator's loss",
+              condition="condition number of K + ridge I", spread="variance of f(x) over variance of f(y)")
+LOGARITHMIC = ("fd", "mean_r", "condition", "spread")       # of TITLES; others can be negative, or vary little
+
+
+def curves_figure(finished, panels):
     """Panels, pairs (column, over), of the logs of finished runs: a colour a method, a line a seed.
 
-    finished: pairs of a run of open_runs and its result; titles: {column: title}. over: "update", or
-    "second", of a run alone on the GPU, from its result's milliseconds an update; on a CPU of all runs of the
-    command. linear: columns whose axis has no log scale.
+    finished: pairs of a run of open_runs and its result; columns of TITLES. over: "update", or "second", of a
+    run alone on the GPU, from its result's milliseconds an update; on a CPU of all runs of the command.
     """
     methods = list(dict.fromkeys(method for (method, *_), _ in finished))
     columns = 3 if len(panels) > 4 else 2
@@ -2453,11 +2479,19 @@ def curves_figure(finished, panels, titles, linear=()):
         labels = dict(zip(*reversed(axes.get_legend_handles_labels())))     # one for each method
         if labels:
             axes.legend(labels.values(), labels, fontsize=7)
-            axes.set_yscale("linear" if column in linear else "log")
-        axes.set_title(titles[column], fontsize=9)
+            axes.set_yscale("log" if column in LOGARITHMIC else "linear")
+        axes.set_title(TITLES[column], fontsize=9)
         axes.set_xlabel(over, fontsize=8)
         axes.tick_params(labelsize=7, which="both")
     return figure
+
+
+def swept(row, axis, value):
+    """A row of METHODS at a value of an axis: "learning rate", of its optimizers, "batch size" or "K"."""
+    rates = {key: value if key == "rmsprop" else (value, *row[key][1:])
+             for key in ("adam", "adam_g", "rmsprop") if key in row}
+    changed = {"learning rate": rates, "batch size": dict(batch=value), "K": dict(critic=value)}[axis]
+    return dict(row, paper="-") | changed
 
 
 def sweep_figure(finished, panels):

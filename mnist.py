@@ -10,8 +10,6 @@ and kept in data/; they are no FID. A run goes to runs/mnist-METHOD-sSEED/: samp
 samples), figure8.png, samples.npy, log.csv, checkpoint.pt, result.json; the curves of all runs of a command
 are runs/mnist-curves.png.
 """
-import sys
-
 import numpy as np
 import torch
 from matplotlib import image
@@ -28,8 +26,8 @@ RBF = (2, 5, 10, 20, 40, 80)            # Demystifying MMD GANs, section 5; as v
 ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its code has 0.1, 1, 10
 LAMBDA = 1.0                # GRAM, eq. 9
 ENCODE = 2_000              # steps of GMMN+AE's autoencoder, all at first; ours, the paper's go by layers
-ADAPT_EVERY, WINDOW, PATIENCE = 500, 10, 3          # rates that adapt, Demystifying MMD GANs, section 5
-LEVEL, CODES, FLOOR = 0.1, 2_048, 1e-6              # mbinkowski/MMD-GAN, gan/utils/scorer.py
+ADAPT_EVERY, CODES = 500, 2_048         # of rates that adapt by so many samples, and how: Demystifying MMD
+ADAPT = dict(window=10, patience=3, level=0.1, floor=1e-6)      # GANs, section 5, and its code's scorer.py
 SAMPLES = 10_000            # to keep and to score, but for --table
 BOOTSTRAP, RESAMPLINGS = 100_000, 10    # of the distance, if so many are scored; as Demystifying MMD GANs
 LENET_EPOCHS, LENET_BATCH, LENET_RATE = 2, 64, 2e-3     # ours: 99.3 % of the test images, as the tutorial's
@@ -101,15 +99,10 @@ TABLES = {
     "demystifying": (100_000, "mmd-rqdot-16 mmd-rbf-16 mmd-dot-16 mmd-dist-16 cramer-16 wgan-gp-16", 20_000),
 }
 FIGURES = {"gcmmd": dict(method=["smmd", "sn-smmd", "gcmmd", "sn-gcmmd"], steps=20_000)}
-COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
-READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")       # condition: of the matrix the ratio inverts
-TITLES = dict(fd="Fréchet distance to the test images, by LeNet", kid="KID, by LeNet",
-              isc="Inception score, by LeNet's logits", loss_g="generator's loss")
 CURVES = {      # over updates: as Demystifying MMD GANs, Figure 2, and the loss; as Scaled MMD, Figure 6
     "all": [(name, "update") for name in ("fd", "kid", "isc", "loss_g")],
     "gcmmd": [("loss_g", "update"), ("kid", "update")],
 }
-LINEAR = ("kid", "isc", "loss_g")           # axes without a log scale: of what can be 0 or less, and of isc
 
 
 def networks(row):
@@ -133,7 +126,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     opt_g = common.optimizer(g, row.get("adam"), row.get("rmsprop"))
     opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop")) if f else None
     rng = torch.Generator(device).manual_seed(seed)
-    log = common.Log(folder, COLUMNS, steps, device, READINGS)
+    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
     state = dict(g=g, opt_g=opt_g, critic=critic, rng=rng, log=log)
     state |= dict(opt_f=opt_f) if f else {}
     kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))
@@ -183,8 +176,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     def readings(step):
         found = {}
         if "ridge" in row and step % LOG_EVERY == 0:
-            values = torch.linalg.eigvalsh(K_ratio.double().cpu()) + row["ridge"]
-            found["condition"] = float((values[:, -1] / values[:, 0]).max())
+            found["condition"] = common.condition(K_ratio, row["ridge"])
         if judge and (step % GRID_EVERY == 0 or step == steps):
             found |= score(SAMPLES)
         if "adaptive" in state and step % ADAPT_EVERY == 0:
@@ -200,8 +192,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     scores = {}
     if judge and "decay" in row:
         x, key = judge.codes(images[:CODES]), judge.network.key
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, WINDOW, PATIENCE, row["decay"],
-                                                LEVEL, FLOOR)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], **ADAPT)
     step = common.load(folder, state, settings)
     speed = {key: common.read_result(folder).get(key) for key in ("milliseconds", "MiB")}
     if step < steps:
@@ -258,21 +249,13 @@ def main(argv=None):
     network = "a LeNet, trained once and kept with the data"
     args = common.parse(common.flags(__doc__, METHODS, ["gram"], STEPS, network), argv, FIGURES, TABLES)
     device, samples = common.setup(args.device), args.samples or SAMPLES
-    images, _ = (common.load_images("mnist", split, args.data) for split in ("train", "test"))
     adaptive = any("decay" in METHODS[method] for method in args.method)
     least = max(SHOWN, CODES if adaptive else 0, *(METHODS[name].get("batch", BATCH) for name in args.method))
-    if len(images) < least:
-        sys.exit(f"{args.data}/mnist-train.npy: found {len(images)} images, expected {least:,} or more")
+    images = common.load_images("mnist", "train", args.data, least).to(device)
+    common.load_images("mnist", "test", args.data)          # for the judge to read
     lenet = args.features or common.load_lenet(args.data, device, LENET_EPOCHS, LENET_BATCH, LENET_RATE)
     judge = common.open_judge(lenet, f"{args.data}/mnist-test.npy", device)
-    images = images.to(device)
-
-    def keep(name, picture):
-        common.make_folder(args.out)
-        common.save_figure(f"{args.out}/mnist-{name}.png", picture)
-        print(f"{args.out}/mnist-{name}.png")
-
-    finished = common.train_runs(__file__, globals(), args, argv, device, COLUMNS + READINGS,
+    finished = common.train_runs(__file__, globals(), args, argv, device,
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
     for (method, _, folder, _), result in finished:
         if METHODS[method]["distance"] == "gram":
@@ -281,9 +264,10 @@ def main(argv=None):
     if args.table:
         own = judge.score(images[:samples])     # the paper has the test images' own: 9.78, 4.305, .003
         print("the training images, scored likewise:", *(f"{key} {own[key]:.4g}" for key in common.SCORES))
-    keep("curves", common.curves_figure(finished, CURVES["all"], TITLES, LINEAR))
+    common.keep_figure(f"{args.out}/mnist-curves.png", common.curves_figure(finished, CURVES["all"]))
     if args.figure:
-        keep(f"figure{args.figure}", common.curves_figure(finished, CURVES[args.figure], TITLES, LINEAR))
+        picture = common.curves_figure(finished, CURVES[args.figure])
+        common.keep_figure(f"{args.out}/mnist-figure{args.figure}.png", picture)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ def small(monkeypatch):
     monkeypatch.setattr(cifar, "ENCODE", 4)
     monkeypatch.setattr(cifar, "LOG_EVERY", 1)
     monkeypatch.setattr(cifar, "SAVE_EVERY", 3)
-    for name, value in dict(ADAPT_EVERY=1, WINDOW=1, PATIENCE=2, LEVEL=-1.0, CODES=50).items():
+    failing = dict(window=1, patience=2, level=-1.0, floor=1e-6)
+    for name, value in dict(ADAPT_EVERY=1, CODES=50, ADAPT=failing).items():
         monkeypatch.setattr(cifar, name, value)         # every test of a rate fails, every second halves it
     monkeypatch.setattr(common, "milliseconds", lambda *args: None)
     torch.manual_seed(0)

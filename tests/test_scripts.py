@@ -483,7 +483,8 @@ def test_figures_of_the_scores(monkeypatch, capsys):
 
 
 def test_rates_that_adapt(monkeypatch, capsys):
-    for name, value in dict(ADAPT_EVERY=2, WINDOW=2, PATIENCE=2, LEVEL=-1.0, CODES=20).items():
+    failing = dict(window=2, patience=2, level=-1.0, floor=1e-6)
+    for name, value in dict(ADAPT_EVERY=2, CODES=20, ADAPT=failing).items():
         monkeypatch.setattr(cifar, name, value)         # every test is a failure
     with says("gram-adaptive needs a feature network", "--features"):
         run_cifar("--method", "gram-adaptive")
@@ -986,6 +987,7 @@ def test_checkpoints_of_other_runs_are_refused(monkeypatch):
     (["--features", "none.pt2"], "none.pt2: cannot be loaded"),
 ])
 def test_errors_as_a_user_sees_them(flags, said):
+    np.save("data/cifar10-train.npy", np.zeros((64, 3, 32, 32), np.uint8))
     done = subprocess.run([sys.executable, f"{ROOT}/cifar.py", *flags], capture_output=True, text=True)
     assert done.returncode != 0 and said in done.stderr and len(done.stderr.splitlines()) <= 2
     assert os.listdir() == ["data"]
