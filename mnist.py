@@ -59,13 +59,13 @@ NETS = {
 # clip: bound of the critic's weights. spectral: its gains. decay: of rates that adapt to KID. paper:
 # Inception score, FID, KID of its Table 3. gram is eq. 9 as printed, with JuliaGRAM's ridge: on digits it
 # learns for 5,000 updates (on cifar.py's images not, whose gram is gram-swap). lam is ours, of Scaled MMD,
-# section 4. Weights and steps of GAMN as in cifar.py.
+# section 4. GAMN's critic steps, rates and weight are those of WGAN-GP: it names none.
 GRAM = dict(nets="gram", distance="gram", kernel="li", critic=100, steps=0, adam=(1e-3, 0.5, 0.999),
             batch=200, ridge=1e-3)
 MMD = dict(nets="dcgan16", distance="mmd2", critic=16, steps=5, adam=(1e-4, 0.5, 0.9), decay=0.5)
 ONE, TEN = dict(penalty=("gradient", 1.0)), dict(penalty=("gradient", 10.0))
 FAR = dict(MMD, **TEN, kernel="distance", critic=256)
-GAMN = dict(nets="gamn", distance="mmd", kernel="gmmn", critic=10, steps=5, adam=(1e-4, 0.5, 0.9), batch=50)
+GULRAJANI = dict(steps=5, adam=(1e-4, 0.5, 0.9), batch=50)             # gan_mnist.py
 GMMN = dict(nets="gmmn", distance="mmd", kernel="gmmn", critic=0, steps=0, adam=(1e-3, 0.5, 0.999),
             batch=1_000)        # its code has momentum; rate and Adam are ours
 SCALED = dict(MMD, nets="dcgan", kernel="unit", critic=1, decay=0.8)
@@ -81,10 +81,10 @@ METHODS = {
     "wgan-gp-16":   dict(MMD, **TEN, critic=1, distance="wasserstein", paper="9.12, 6.915, .009"),
     "gmmn":         dict(GMMN),
     "gmmn-ae":      dict(GMMN, nets="gmmn-ae", kernel="unit", encode=True),
-    "gamn":         dict(GAMN, **TEN),                                                  # eq. 7
+    "gamn":         dict(GULRAJANI, **TEN, nets="gamn", distance="mmd", kernel="gmmn", critic=10),  # eq. 7
     "wgan":         dict(nets="wgan", distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, clip=0.01,
                          batch=50),
-    "wgan-gp":      dict(GAMN, **TEN, nets="wgan-gp", distance="wasserstein", critic=1),
+    "wgan-gp":      dict(GULRAJANI, **TEN, nets="wgan-gp", distance="wasserstein", critic=1),
     "gan":          dict(nets="wgan-gp", distance="gan", critic=1, steps=1, adam=(2e-4, 0.5, 0.999),
                          batch=50),                                                     # gan_mnist.py's
     "smmd":         dict(SCALED, distance="smmd", scale=10.0),
@@ -209,8 +209,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         if shown or row["distance"] == "gram" and (step <= 100 or step % TRACE_EVERY == 0):
             log.row(step, lambda: readings(step), shown)
         if step in PANELS or step % GRID_EVERY == 0 or step == steps:
-            shown = torch.cat([images[:SHOWN].cpu(), sampler.draw(500)[:SHOWN]])
-            common.save_grid(f"{folder}/samples-{step}.png", shown, 10)
+            panel = torch.cat([images[:SHOWN].cpu(), sampler.draw(500)[:SHOWN]])
+            common.save_grid(f"{folder}/samples-{step}.png", panel, 10)
         if step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
         yield

@@ -4,6 +4,7 @@ import torch
 
 import cifar
 import common
+import mnist
 import ring2d
 from conftest import SWEPT, inception_weights
 
@@ -16,20 +17,18 @@ def small(monkeypatch):
     """Deterministic convolutions, so that equal means equal to the last bit."""
     common.setup("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    for name in ("SAMPLES", "BOOTSTRAP"):
-        monkeypatch.setattr(cifar, name, 100)
-    monkeypatch.setattr(cifar, "ENCODE", 4)
-    monkeypatch.setattr(cifar, "LOG_EVERY", 1)
-    monkeypatch.setattr(cifar, "SAVE_EVERY", 3)
-    failing = dict(window=1, patience=2, level=-1.0, floor=1e-6)
-    for name, value in dict(ADAPT_EVERY=1, CODES=50, ADAPT=failing).items():
-        monkeypatch.setattr(cifar, name, value)         # every test of a rate fails, every second halves it
+    failing = dict(window=1, patience=2, level=-1.0, floor=1e-6)    # every test of a rate; every second halves it
+    every = dict(SAMPLES=100, BOOTSTRAP=100, ENCODE=4, LOG_EVERY=1, SAVE_EVERY=3, ADAPT_EVERY=1, CODES=50,
+                 ADAPT=failing)
+    for script in (cifar, mnist):
+        for name, value in every.items():
+            monkeypatch.setattr(script, name, value)
     monkeypatch.setattr(common, "milliseconds", lambda *args: None)
     torch.manual_seed(0)
 
 
-def images_of(n):
-    return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, device="cuda")
+def images_of(n, *shape):
+    return torch.randint(256, (n, *(shape or (3, 32, 32))), dtype=torch.uint8, device="cuda")
 
 
 def pixels(images):
@@ -39,14 +38,14 @@ def pixels(images):
 pixels.name, pixels.key, pixels.accuracy = "pixels", "0", None
 
 
-def run(method, folder, steps=6, seed=0):
+def run(method, folder, steps=6, seed=0, script=cifar):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1)
-    data, judge = images_of(1_000), None
-    if "decay" in cifar.METHODS[method]:
-        x, _ = pixels(data)
-        judge = common.Judge(pixels, x.cpu(), "", torch.device("cuda"))
-    return cifar.train(method, seed, str(folder), {}, steps, torch.device("cuda"), data, 100, judge)
+    data, judge = images_of(1_000, *((1, 28, 28) if script is mnist else ())), None
+    if "decay" in script.METHODS[method]:
+        x, _ = common.extract(pixels, data, torch.device("cuda"))
+        judge = common.Judge(pixels, x, "", torch.device("cuda"))
+    return script.train(method, seed, str(folder), {}, steps, torch.device("cuda"), data, 100, judge)
 
 
 def weights(folder):
@@ -58,15 +57,16 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[p], b[p]) for p in a)
 
 
-@pytest.mark.parametrize("method", [name for name in cifar.METHODS if name not in SWEPT])
-def test_captured_equals_eager_from_the_first_update(method, tmp_path, monkeypatch):
-    common.interleave([run(method, tmp_path / "captured")])
+@pytest.mark.parametrize("script, method", [(script, name) for script in (cifar, mnist)
+                                            for name in script.METHODS if name not in SWEPT])
+def test_captured_equals_eager_from_the_first_update(script, method, tmp_path, monkeypatch):
+    common.interleave([run(method, tmp_path / "captured", script=script)])
     monkeypatch.setattr(common, "capture", lambda update, state: update)
-    common.interleave([run(method, tmp_path / "eager")])
+    common.interleave([run(method, tmp_path / "eager", script=script)])
     a, b = common.read_log(tmp_path / "captured"), common.read_log(tmp_path / "eager")
     assert a["loss_g"][0] == b["loss_g"][0] and len(a["loss_g"]) == 6
     assert same(weights(tmp_path / "captured"), weights(tmp_path / "eager"))
-    assert a["lr_g"].tolist() == b["lr_g"].tolist() or "decay" not in cifar.METHODS[method]
+    assert a["lr_g"].tolist() == b["lr_g"].tolist() or "decay" not in script.METHODS[method]
 
 
 @pytest.mark.parametrize("method", ["gram", "gan", "mmdgan", "gamn"])

@@ -338,6 +338,17 @@ def test_lenet_is_trained_once_and_kept(monkeypatch, capsys):
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(lenet()(arrays("test")), (found, logits)))
 
 
+def test_every_epoch_of_the_lenet_has_every_image_once(monkeypatch):
+    seen, forward = [], common.LeNet.forward
+    monkeypatch.setattr(common.LeNet, "forward",
+                        lambda self, x: seen.append(x[:, 0, 0, 0].tolist()) or forward(self, x))
+    images = arrays("train")
+    images[:, 0, 0, 0] = torch.arange(60)
+    common.train_lenet(images, torch.arange(60) % 10, 2, 20, 1e-3)
+    first, second = sum(seen[:3], []), sum(seen[3:], [])
+    assert sorted(first) == sorted(second) == [*range(60)] and first != second and len(seen) == 6
+
+
 def test_lenet_by_hand():
     """The tutorial's network: pixels in [-1/2, 1/2], 5x5 filters, pools of 2x2, features behind the ReLU."""
     torch.manual_seed(0)
