@@ -15,9 +15,10 @@ from conftest import Features, export, says
 from test_critics import dense
 from test_scripts import by_hand, kept, same
 
-SMALL = dict(BATCH=8, SAMPLES=20, BOOTSTRAP=20, ENCODE=2, CODES=20, ADAPT_EVERY=2,
-             ADAPT=dict(mnist.ADAPT, window=2, patience=2), LENET_EPOCHS=1, LENET_BATCH=20, PANELS=(1, 3, 4), SHOWN=10, LOG_EVERY=2, TRACE_EVERY=2,
-             GRID_EVERY=4, SAVE_EVERY=2, TABLES={"demystifying": (30, mnist.TABLES["demystifying"][1], 2)})
+SMALL = dict(STEPS=3, BATCH=8, SAMPLES=20, BOOTSTRAP=20, ENCODE=2, ENCODE_BATCH=7, CODES=20, ADAPT_EVERY=2,
+             ADAPT=dict(mnist.ADAPT, window=2, patience=2), LENET_EPOCHS=1, LENET_BATCH=20, PANELS=(1, 3, 4),
+             SHOWN=10, LOG_EVERY=2, TRACE_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2,
+             TABLES={"demystifying": (30, mnist.TABLES["demystifying"][1], 2)})
 
 
 def small_nets(nets):
@@ -99,7 +100,7 @@ def test_the_table_and_the_figure(capsys, monkeypatch):
     monkeypatch.setattr(common, "curves_figure", lambda *args: drawn.append(args) or real(*args))
     run("--table", "demystifying")
     printed, rows = capsys.readouterr().out, SMALL["TABLES"]["demystifying"][1].split()
-    assert "the training images, scored likewise: fd " in printed and "30 samples against" in printed
+    assert "the training images, scored likewise: isc " in printed and "30 samples against" in printed
     results = [json.load(open(f"runs/mnist-{name}-s0/result.json")) for name in rows]
     assert len(rows) == 6 and all((r["samples"], r["updates"]) == (30, 2) for r in results)
     assert all("fd_bootstrap" in result for result in results)
