@@ -2453,7 +2453,7 @@ def curve_panel(axes, steps, curves):
 TITLES = dict(fd="Fréchet distance to the test images", kid="KID", mean_r="mean of r",
               isc="Inception score, by the feature network's logits", loss_g="generator's loss",
               condition="condition number of K + ridge I", spread="variance of f(x) over variance of f(y)")
-LOGARITHMIC = ("fd", "mean_r", "condition", "spread")       # of TITLES; others can be negative, or vary little
+LOGARITHMIC = ("fd", "mean_r", "condition", "spread")       # others can be negative, or vary little
 
 
 def curves_figure(finished, panels):
