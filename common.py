@@ -1317,18 +1317,19 @@ def load_images(name, split, folder, least=1):
     return images
 
 
-def load_labels(name, split, folder):
-    """The labels of load_images as int64 [N], of FOLDER/NAME-SPLIT-labels.npy, which it builds with them.
+def load_labels(name, split, folder, n):
+    """The labels of n images of load_images, int64 [n], from FOLDER/NAME-SPLIT-labels.npy, built with them.
 
     Exits with a message if the file is not there or holds no such array.
     """
     path = f"{folder}/{name}-{split}-labels.npy"
-    wanted = "expected uint8 [N]; put it there, or delete the images beside it to have torchvision fetch both"
+    wanted = (f"expected uint8 [{n}]; put it there, or delete the images beside it to have torchvision fetch "
+              "both")
     try:
         labels = np.load(path)
     except (OSError, ValueError, EOFError) as error:
         sys.exit(f"{path}: cannot be read ({first_line(error)}); {wanted}")
-    if labels.dtype != np.uint8 or labels.ndim != 1:
+    if labels.dtype != np.uint8 or labels.shape != (n,):
         sys.exit(f"{path}: found {labels.dtype} {list(labels.shape)}, {wanted}")
     return torch.from_numpy(labels).long()
 
@@ -1653,7 +1654,9 @@ def load_lenet(folder, device, epochs, batch, rate):
     path = f"{folder}/features-lenet.pth"
     if not os.path.exists(path):
         images, test = (load_images("mnist", split, folder).to(device) for split in ("train", "test"))
-        labels, wanted = (load_labels("mnist", split, folder).to(device) for split in ("train", "test"))
+        labels, wanted = (load_labels("mnist", split, folder, n).to(device)
+                          for split, n in (("train", len(images)), ("test", len(test))))
+        make_folder(folder)         # before the training, if it cannot be written
         print(f"{path}: built once, by {epochs} epochs of {len(images):,} images", flush=True)
         network = train_lenet(images, labels, epochs, batch, rate)
         with torch.no_grad():

@@ -403,7 +403,10 @@ def test_bad_input(monkeypatch):
         run("--steps", 2)
     os.remove("data/features-lenet.pth")
     np.save("data/mnist-train-labels.npy", np.zeros((60, 1), np.uint8))
-    with says("data/mnist-train-labels.npy", "found uint8 [60, 1]", "expected uint8 [N]"):
+    with says("data/mnist-train-labels.npy", "found uint8 [60, 1]", "expected uint8 [60]"):
+        run("--steps", 2)
+    np.save("data/mnist-train-labels.npy", np.zeros(59, np.uint8))
+    with says("found uint8 [59]", "expected uint8 [60]"):
         run("--steps", 2)
     os.remove("data/mnist-train-labels.npy")
     with says("data/mnist-train-labels.npy", "cannot be read", "torchvision"):
