@@ -242,7 +242,7 @@ def figure_8(folder, result):
     figure.supxlabel("The paper draws D* (eq. 5), a constant minus the Pearson divergence; the constant is "
                      "unknown.", fontsize=8)
     figure.suptitle(f"{result['method']}: data (top halves) and samples", fontsize=11)
-    common.save_figure(f"{folder}/figure8.png", figure)
+    return figure
 
 
 def main(argv=None):
@@ -259,8 +259,7 @@ def main(argv=None):
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
     for (method, _, folder, _), result in finished:
         if METHODS[method]["distance"] == "gram":
-            figure_8(folder, result)
-            print(f"{folder}/figure8.png")
+            common.keep_figure(f"{folder}/figure8.png", figure_8(folder, result))
     if args.table:
         own = judge.score(images[:samples])     # the paper has the test images' own: 9.78, 4.305, .003
         found = (f"{key} {own[key]:.4g}" for key in ("isc", "fd", "kid", "kid_std") if key in own)
