@@ -7,6 +7,8 @@
     python tests/bench.py metrics                         FID, KID, Inception score of 50,000 images, and
                                                           torch-fidelity's beside them if it is installed
     python tests/bench.py tf32 --features FILE            what TF32 does to scores of CIFAR-10's images
+    python tests/bench.py gcmmd                           the gradient-constrained MMD on MNIST, exact and by
+                                                          the paper's incomplete Cholesky
 
 Each in one process, so that the ratios hold. An update is the generator's with all of its critic's steps, but
 for MMD-GAN's bursts. "kernels" is the sum of the GPU kernels' own times, the floor of a run alone, "number"
@@ -24,6 +26,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import cifar
 import common
+import mnist
 from conftest import inception_weights
 
 WARM, UPDATES = 5, 100
@@ -156,6 +159,61 @@ def tf32(device, path, data):
         for name, a, b in zip(sets, *found)]))
 
 
+def incomplete_cholesky(h_x, h_y, J, lam, eta=1e-3):
+    """gradient_constrained_mmd2 of one feature by incomplete Cholesky (Scaled MMD, D.2), and its rank.
+
+    The largest pivot comes first, and the last one is above eta of it.
+    """
+    A, M = common.kernel_jet(h_x, h_x), len(h_x)
+    b = torch.cat([torch.ones_like(h_x), J[:, 0]], 1)               # [M, 1 + D]
+    s = (torch.arange(b.shape[1]) > 0).long()                       # which derivative in feature space
+    a = A[..., 0].mean(-1) - common.kernel_jet(h_x, h_y)[..., 0].mean(-1)
+    delta, left, R = (b * a[:, s]).flatten(), b.detach().square().flatten(), []
+    least = eta * left.max()
+    while left.max() > least:
+        i = int(left.argmax())
+        m, c = divmod(i, b.shape[1])
+        column = (b * A[:, s, m, s[c]] * b[m, c]).flatten()         # of the M (1 + D) matrix G
+        if R:
+            column = column - torch.stack([row[i] for row in R]) @ torch.stack(R)
+        R.append(column / column[i].sqrt())
+        left = left - R[-1].detach().square()
+    R = torch.stack(R)
+    inner = R @ R.T + M * lam * torch.eye(len(R), dtype=R.dtype)
+    solved = (delta @ delta - R @ delta @ torch.linalg.solve(inner, R @ delta)) / (M * lam)
+    return (common.mmd2(*common.gram(common.unit_gaussian, h_x, h_y)) - solved) / lam, len(R)
+
+
+def gcmmd(data, times=5):
+    """Milliseconds of the loss and its gradient in features and slopes, by both ways, on a CPU in float64."""
+    x, rows, row = common.load_images("mnist", "train", data)[:64].double() / 255, [], mnist.METHODS["gcmmd"]
+    y = torch.rand(64, 1, 28, 28, generator=torch.Generator().manual_seed(1)).double()
+    for scale in (1, 2, 3, 4, 6):
+        torch.manual_seed(0)
+        _, f, _ = mnist.networks(row)
+        f.double()
+        for p in f.parameters():
+            p.data.mul_(scale)
+        found = []
+        for way in (lambda *at: (common.gradient_constrained_mmd2(*at[:2], at[0], at[2], row["lam"])[0], 128),
+                    lambda *at: incomplete_cholesky(*at, row["lam"])):
+            took = []
+            for _ in range(times):
+                h_x, J = common.jacobian(f, x)
+                at = h_x, f(y), J
+                began = time.perf_counter()
+                loss, rank = way(*at)
+                gradients = torch.autograd.grad(loss, at)
+                took.append(1e3 * (time.perf_counter() - began))
+            found.append((rank, sorted(took)[times // 2], torch.cat([g.flatten() for g in gradients])))
+        (_, exact, g), (rank, cholesky, g_hat) = found
+        error = (g_hat - g).norm() / g.norm()
+        rows.append([f"{scale}", f"{exact:.1f}", f"{cholesky:.1f}", f"{rank}", f"{error:.1%}"])
+    print(f"CPU, {torch.get_num_threads()} threads, PyTorch {torch.__version__}; batch of 64")
+    head = ["critic's weights, times", "exact, ms", "Cholesky, ms", "its rank", "its gradient is off by"]
+    print(common.table(head, rows))
+
+
 class Images(torch.utils.data.Dataset):
     """As torch-fidelity takes images: items, not tuples."""
 
@@ -173,11 +231,11 @@ def main():
     global WARM, UPDATES
     names, raw = list(cifar.METHODS), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="?", default="methods", choices=["methods", "metrics", "tf32"],
+    parser.add_argument("what", nargs="?", default="methods", choices=["methods", "metrics", "tf32", "gcmmd"],
                         help="(methods)")
     parser.add_argument("--images", type=int, default=50_000, metavar="N", help="of metrics (50,000)")
     parser.add_argument("--features", metavar="FILE", help="of tf32: a feature network, .pt2 or .pth")
-    parser.add_argument("--data", default="data", metavar="DIR", help="of tf32 (data)")
+    parser.add_argument("--data", default="data", metavar="DIR", help="of tf32, gcmmd (data)")
     parser.add_argument("--method", nargs="+", default=names, choices=names, metavar="NAME", help="(all)")
     parser.add_argument("--eager", action="store_true", help="time updates that are not captured, too")
     parser.add_argument("--side", nargs="+", type=int, default=[], metavar="K", help="and K side by side")
@@ -189,6 +247,8 @@ def main():
         return metrics(device, args.images)
     if args.what == "tf32":
         return tf32(device, args.features, args.data)
+    if args.what == "gcmmd":
+        return gcmmd(args.data)
     cifar.LOG_EVERY = cifar.GRID_EVERY = cifar.SAVE_EVERY = 10 ** 9
     cifar.BURST_UNTIL = cifar.ENCODE = 1
     if device.type == "cpu":
