@@ -11,7 +11,6 @@ the curves of all runs of a command are runs/cifar-curves.png.
 """
 import sys
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -185,17 +184,15 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     g, f, decoder = (network.to(device) if network else None for network in networks(row))
     sampler = common.Sampler(g, nets, AVERAGE, 3, decoder if "encode" in row else None)
     sampler.fit(images).to(device)
-    critic = nn.ModuleList([network for network in (f, decoder) if network])
-    for name in ("multiplier", "loss"):     # Sobolev GAN's; that of the last step
-        critic.register_buffer(name, torch.zeros((), device=device))
-    opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
-    opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop")) if f else None
     rng = torch.Generator(device).manual_seed(seed)
-    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
-    state = dict(g=g, opt_g=opt_g, critic=critic, sampler=sampler, rng=rng, log=log)
-    state |= dict(opt_f=opt_f) if f else {}
     kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))
-    game = common.Game(row, f, decoder, kernel, critic.multiplier, rng)
+    game = common.Game(row, f, decoder, kernel, rng).to(device)
+    opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
+    opt_f = common.optimizer(game, row.get("adam"), row.get("rmsprop")) if f else None
+    scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
+    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
+    state = dict(g=g, opt_g=opt_g, game=game, sampler=sampler, rng=rng, log=log)
+    state |= dict(opt_f=opt_f) if f else {}
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
 
     def draw():
@@ -209,7 +206,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             common.descend((opt_f, loss))
         if "clip" in row:
             common.clip_weights(f, row["clip"])
-        critic.loss.copy_(loss.detach())
+        game.loss.copy_(loss.detach())
 
     def update():
         x, y = draw()
@@ -225,7 +222,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             with parametrize.cached():
                 loss_g, h_x, h_y = game.generator(x, y)
                 common.descend((opt_g, loss_g))
-            means = critic.loss if f else None, loss_g, None, None
+            means = game.loss if f else None, loss_g, None, None
         log.add(*means, h_x.var(0).sum() / h_y.var(0).sum() if f else None)
         sampler.follow(g)
 
@@ -241,19 +238,13 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
     def readings(step):
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if "ridge" in row else {}
-        if judge and (step % grid_every == 0 or step == steps):
-            found |= score(SAMPLES)
+        if step % grid_every == 0 or step == steps:
+            found |= scorer.score(sampler.draw(SAMPLES))
         if "adaptive" in state and step % ADAPT_EVERY == 0:
             found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
 
-    def score(n):
-        scores.clear()
-        scores.update(judge.score(sampler.draw(n), BOOTSTRAP, RESAMPLINGS, run=folder))
-        return scores
-
-    scores = {}
     if judge and "decay" in row:
         x, key = judge.codes(images[:CODES]), judge.network.key
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], **ADAPT)
@@ -274,18 +265,13 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         if step % grid_every == 0 or step == steps:
             common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(128))
             if "width" in nets:
-                with common.replacing(f"{folder}/singular-{step}.npz") as file:
-                    np.savez(file, *(values.cpu() for values in common.singular_values(f)))
+                common.save_singular_values(folder, step, f)
         if step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
         yield
 
-    if judge and (not scores or samples != SAMPLES):        # had been trained before, or is for a table
-        score(samples)
-    with common.replacing(f"{folder}/samples.npy") as file:
-        np.save(file, sampler.draw(samples).numpy())
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,
-                **common.machine(device), **scores)
+                **common.machine(device), **scorer.keep(samples))
 
 
 def main(argv=None):

@@ -606,8 +606,8 @@ def frozen(network):
             p.requires_grad_(True)
 
 
-class Game:
-    """The losses of a row's critic and generator, for distances other than GRAM's; a Stack's are [B].
+class Game(nn.Module):
+    """A row's critic, and the losses of both players for distances other than GRAM's; a Stack's are [B].
 
     row["distance"]   the generator minimises             the critic maximises
     mmd               mmd, biased and not squared         the same
@@ -624,13 +624,16 @@ class Game:
     swgan; lam: gcmmd's, whose mu are the data; rho: sobolev's; data_mmd: the generator's loss has the mmd of
     the points themselves. encode: samples are codes, f and decoder an autoencoder of the data that its own
     loss trains (GMMN+AE).
-    f, decoder: networks or None; without f the points are the features. kernel: as in gram, or None.
-    multiplier: sobolev's, a tensor of the run's state. rng: for the points of the gradient penalty.
+    f, decoder: networks or None; without f the points are the features. kernel: as in gram, or None. rng: for
+    the points of the gradient penalty. Buffers: multiplier, sobolev's; loss, where a script keeps the last.
     """
 
-    def __init__(self, row, f, decoder, kernel, multiplier, rng):
+    def __init__(self, row, f, decoder, kernel, rng):
+        super().__init__()
         self.row, self.f, self.decoder, self.kernel = row, f, decoder, kernel
-        self.multiplier, self.rng, self.kind = multiplier, rng, row["distance"]
+        self.rng, self.kind = rng, row["distance"]
+        self.register_buffer("multiplier", torch.zeros(()))
+        self.register_buffer("loss", torch.zeros(()))
 
     def features(self, x, y, outputs=None, sloped=SLOPED):
         """f at data and samples, and its Jacobians at the data for sloped distances, otherwise None."""
@@ -1852,6 +1855,30 @@ def rate(network, lr):
     return torch.tensor(lr, device=device) if cuda else lr, cuda
 
 
+class Scorer:
+    """A run's samples and their scores, which its log and its result have.
+
+    judge: a Judge, or None for no scores; sampler, folder: the run's; resampled, resamplings: of Judge.score.
+    """
+
+    def __init__(self, judge, sampler, folder, resampled, resamplings):
+        self.judge, self.sampler, self.folder = judge, sampler, folder
+        self.resampled, self.resamplings, self.last = resampled, resamplings, {}
+
+    def score(self, images):
+        """The scores of images as Judge.score has them; nothing without a judge, or if its network fails."""
+        if self.judge:
+            self.last = self.judge.score(images, self.resampled, self.resamplings, run=self.folder)
+        return self.last
+
+    def keep(self, n):
+        """Write n samples to FOLDER/samples.npy and return their scores, the last ones if of as many."""
+        images = self.sampler.draw(n)
+        with replacing(f"{self.folder}/samples.npy") as file:
+            np.save(file, images.numpy())
+        return self.last if self.last.get("samples") == n else self.score(images)
+
+
 class AdaptiveRate:
     """Learning rates that fall when a model gets no nearer to the data (Binkowski et al. 2018, section 4.1).
 
@@ -2525,10 +2552,16 @@ def sweep_figure(finished, panels):
     return figure
 
 
+def save_singular_values(folder, step, critic):
+    """Write FOLDER/singular-STEP.npz, the singular values of each layer of a critic."""
+    with replacing(f"{folder}/singular-{step}.npz") as file:
+        np.savez(file, *(values.cpu() for values in singular_values(critic)))
+
+
 def singular_figure(finished):
     """Singular values of critics' layers over their largest, early and late (Scaled MMD, Figures 2b and 7).
 
-    finished: as in curves_figure, of runs that keep singular-UPDATE.npz; a panel for each layer and method,
+    finished: as in curves_figure, of runs that save_singular_values(); a panel for each layer and method,
     whose first seed it shows.
     """
     kept = {}

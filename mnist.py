@@ -10,11 +10,9 @@ and kept in data/; they are no FID. A run goes to runs/mnist-METHOD-sSEED/: samp
 samples), figure8.png, samples.npy, log.csv, checkpoint.pt, result.json; the curves of all runs of a command
 are runs/mnist-curves.png.
 """
-import numpy as np
 import torch
 from matplotlib import image
 from matplotlib.figure import Figure
-from torch import nn
 from torch.nn.utils import parametrize
 
 import common
@@ -121,16 +119,15 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     torch.manual_seed(seed)
     g, f, decoder = (network.to(device) if network else None for network in networks(row))
     sampler = common.Sampler(g, nets, decoder=decoder if "encode" in row else None)
-    critic = nn.ModuleList([network for network in (f, decoder) if network])
-    critic.register_buffer("loss", torch.zeros((), device=device))      # that of the last step
-    opt_g = common.optimizer(g, row.get("adam"), row.get("rmsprop"))
-    opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop")) if f else None
     rng = torch.Generator(device).manual_seed(seed)
-    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
-    state = dict(g=g, opt_g=opt_g, critic=critic, rng=rng, log=log)
-    state |= dict(opt_f=opt_f) if f else {}
     kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))
-    game = common.Game(row, f, decoder, kernel, None, rng)
+    game = common.Game(row, f, decoder, kernel, rng).to(device)
+    opt_g = common.optimizer(g, row.get("adam"), row.get("rmsprop"))
+    opt_f = common.optimizer(game, row.get("adam"), row.get("rmsprop")) if f else None
+    scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
+    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
+    state = dict(g=g, opt_g=opt_g, game=game, rng=rng, log=log)
+    state |= dict(opt_f=opt_f) if f else {}
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
 
     def draw(n):
@@ -144,7 +141,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             common.descend((opt_f, loss))
         if "clip" in row:
             common.clip_weights(f, row["clip"])
-        critic.loss.copy_(loss.detach())
+        game.loss.copy_(loss.detach())
 
     def update():
         x, y = draw(batch)
@@ -160,7 +157,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             with parametrize.cached():
                 loss_g, h_x, h_y = game.generator(x, y)
                 common.descend((opt_g, loss_g))
-            means = critic.loss if f else None, loss_g, None, None
+            means = game.loss if f else None, loss_g, None, None
         log.add(*means, h_x.var(0).sum() / h_y.var(0).sum() if f else None)
 
     def critic_steps(step):
@@ -177,19 +174,13 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         found = {}
         if "ridge" in row and step % LOG_EVERY == 0:
             found["condition"] = common.condition(K_ratio, row["ridge"])
-        if judge and (step % GRID_EVERY == 0 or step == steps):
-            found |= score(SAMPLES)
+        if step % GRID_EVERY == 0 or step == steps:
+            found |= scorer.score(sampler.draw(SAMPLES))
         if "adaptive" in state and step % ADAPT_EVERY == 0:
             found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
 
-    def score(n):
-        scores.clear()
-        scores.update(judge.score(sampler.draw(n), BOOTSTRAP, RESAMPLINGS, run=folder))
-        return scores
-
-    scores = {}
     if judge and "decay" in row:
         x, key = judge.codes(images[:CODES]), judge.network.key
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], **ADAPT)
@@ -215,12 +206,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             common.save(folder, step, state, settings)
         yield
 
-    if judge and (not scores or samples != SAMPLES):        # had been trained before, or is for a table
-        score(samples)
-    with common.replacing(f"{folder}/samples.npy") as file:
-        np.save(file, sampler.draw(samples).numpy())
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,
-                **common.machine(device), **scores)
+                **common.machine(device), **scorer.keep(samples))
 
 
 def figure_8(folder, result):

@@ -136,14 +136,18 @@ def train(method, members, folder, settings, steps, device):
     log = common.Log(folder, COLUMNS, steps, device)
     table_1 = nn.Module()       # the MMDs to average, a part of the checkpoint
     table_1.register_buffer("mmd", torch.zeros(AVERAGE // AVERAGE_EVERY, B, device=device))
+    sigma = torch.tensor(row.get("sigma", SIGMA), device=device)
+
+    def kernel(a, b):
+        return common.gaussian(a, b, sigma)
+
+    game = common.Game(row, f, decoder, kernel, rng).to(device)
     opt_g = common.optimizer(g, row.get("adam"), row.get("rmsprop"))
     state = dict(g=g, opt_g=opt_g, rng=rng, log=log, table_1=table_1)
     if f:
-        critic = nn.ModuleList([f, decoder] if decoder else [f])
-        opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop"))
-        state |= dict(critic=critic, opt_f=opt_f)
+        opt_f = common.optimizer(game, row.get("adam"), row.get("rmsprop"))
+        state |= dict(game=game, opt_f=opt_f)
 
-    sigma = torch.tensor(row.get("sigma", SIGMA), device=device)
     dims = torch.tensor([[[member["z"]]] for member in members], device=device)
     present = (torch.arange(int(dims.max()), device=device) < dims).float()         # [B, 1, Z]
     sets = [(*mixture(name), len(list(own))) for name, own in itertools.groupby(m["data"] for m in members)]
@@ -156,11 +160,6 @@ def train(method, members, folder, settings, steps, device):
     def noise(n, rng):      # [B, n, Z], 0 where a member has less
         Z_all = present.shape[-1]
         return common.normal_noise(B * n, Z_all, rng).view(B, n, Z_all) * present
-
-    def kernel(a, b):
-        return common.gaussian(a, b, sigma)
-
-    game = common.Game(row, f, decoder, kernel, None, rng)
 
     def update():
         loss_f = None

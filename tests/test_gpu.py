@@ -50,7 +50,7 @@ def run(method, folder, steps=6, seed=0, script=cifar):
 
 def weights(folder):
     kept = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
-    return {p: t for p, t in common.tensors(kept["state"]).items() if p[0] in ("g", "critic", "sampler")}
+    return {p: t for p, t in common.tensors(kept["state"]).items() if p[0] in ("g", "game", "sampler")}
 
 
 def same(a, b):
@@ -165,7 +165,7 @@ def test_losses_and_gradients_equal_the_cpu_s(method, monkeypatch):
         for p in f.parameters():
             p.data.mul_(1 if method == "gamn" else 4)       # far enough from 0 for a loss
         kernel = common.kernels(cifar.SIGMA, cifar.RBF, cifar.ALPHA, device).get(row.get("kernel"))
-        game = common.Game(row, f, decoder, kernel, torch.zeros((), device=device), None)
+        game = common.Game(row, f, decoder, kernel, None).to(device)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "rand", lambda *args, **kwargs: a.to(device))
             loss = game.critic(x.to(device), y.to(device))

@@ -162,12 +162,12 @@ def test_first_update_of_gram_is_the_papers():
     for name, value in (("loss_f", loss_f), ("loss_g", loss_g), ("pearson", (r - 1).square().mean()),
                         ("mean_r", r.mean())):
         assert log[name] == [pytest.approx(float(value.detach()), rel=1e-3)], name
-    for name, network, loss in (("g", g, loss_g), ("critic", nn.ModuleList([f]), loss_f)):
+    for name, network, loss in (("g", g, loss_g), ("game", nn.ModuleDict(dict(f=f)), loss_f)):
         gradients = torch.autograd.grad(loss, network.parameters(), retain_graph=True)
         for (key, weight), slope in zip(network.named_parameters(), gradients):
             moved = (tensors[name, key] - weight).detach()      # Adam's first step: the slope's sign
             clear = slope.abs() > 1e-3 * slope.abs().max()
-            if key != "0.13.bias":      # the critic's last: it moves all outputs alike
+            if key != "f.13.bias":      # the critic's last: it moves all outputs alike
                 assert torch.allclose(moved[clear], -1e-3 * slope.sign()[clear], atol=2e-4), (name, key)
 
 
@@ -224,7 +224,7 @@ def test_losses_of_every_row(method):
     f = f.double().eval()
     x, y = torch.rand(2, 8, 1, 28, 28, generator=torch.Generator().manual_seed(1)).double()
     kernels = common.kernels(mnist.SIGMA, mnist.RBF, mnist.ALPHA, dtype=torch.float64)
-    game = common.Game(row, f, None, kernels.get(row.get("kernel")), None, None)
+    game = common.Game(row, f, None, kernels.get(row.get("kernel")), None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *args, **kwargs: a)
         found = game.critic(x, 0.5 * y), game.generator(x, 0.5 * y)[0]
@@ -236,7 +236,7 @@ def test_gmmn_has_variances():
     """Its loss of images is the root of the biased squared MMD, exp(-d^2 / 2 s) with s of 2 to 80."""
     x, y = torch.rand(2, 7, 1, 28, 28, generator=torch.Generator().manual_seed(1)).double()
     kernel = common.kernels(mnist.SIGMA, mnist.RBF, mnist.ALPHA, dtype=torch.float64)["gmmn"]
-    found, h_x, _ = common.Game(METHODS["gmmn"], None, None, kernel, None, None).generator(x, y)
+    found, h_x, _ = common.Game(METHODS["gmmn"], None, None, kernel, None).generator(x, y)
     assert torch.equal(h_x, x.view(7, 784))
     mean = [np.mean([np.exp(-float((u - v).square().sum()) / (2 * s)) for u in a for v in b])
             for s in (2, 5, 10, 20, 40, 80) for a, b in ((x, x), (y, y), (x, y))]
@@ -263,7 +263,7 @@ def test_gcmmd_in_training_equals_the_dense_system(row):
     f, plain, at = small_critic()
     x, y = torch.rand(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y.requires_grad_()
-    game = common.Game(row, f, None, common.unit_gaussian, None, None)
+    game = common.Game(row, f, None, common.unit_gaussian, None)
     wanted = dense(at, x.flatten(1), y.flatten(1), x.flatten(1), 0.1)
     assert float(wanted.detach()) > 1e-3
     loss_f, (loss_g, h_x, h_y) = game.critic(x, y), game.generator(x, y)
@@ -305,7 +305,7 @@ def test_gcmmd_in_float32_at_full_size():
     unknowns, solve, found = [], torch.linalg.solve_ex, []
     weights = list(f.parameters())[:-1]         # but for the last bias, which moves all features alike
     for dtype in (torch.float32, torch.float64):
-        game = common.Game(FULL["gcmmd"], f.to(dtype), None, common.unit_gaussian, None, None)
+        game = common.Game(FULL["gcmmd"], f.to(dtype), None, common.unit_gaussian, None)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.linalg, "solve_ex", lambda A, b: unknowns.append(A.shape) or solve(A, b))
             loss = game.critic(x.to(dtype), (x + 0.5 * y).to(dtype))

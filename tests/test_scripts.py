@@ -135,7 +135,7 @@ def test_all_players_take_their_steps():
         critic = {5.0} if "burst" in row else {2.0} if "encode" in row else {4.0} if row["critic"] else set()
         assert taken == {"opt_g": {4.0}, "opt_f": critic}, method
         torch.manual_seed(0)
-        for name, network in zip(("g", "critic.0", "critic.1"), cifar.networks(row)):
+        for name, network in zip(("g", "game.f", "game.decoder"), cifar.networks(row)):
             name, *part = name.split(".")
             for weight, start in (network.state_dict() if network else {}).items():
                 moved = tensors[name, ".".join([*part, weight])]
@@ -233,7 +233,7 @@ def test_losses_of_every_row(method):
     x, y = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
     y = (0.5 * y).requires_grad_()
     kernels = common.kernels(cifar.SIGMA, cifar.RBF, cifar.ALPHA, dtype=torch.float64)
-    game = common.Game(row, f, decoder, kernels.get(row.get("kernel")), torch.zeros(()).double(), rng)
+    game = common.Game(row, f, decoder, kernels.get(row.get("kernel")), rng).double()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "rand", lambda *args, **kwargs: a)
         found_f = game.critic(x, y)
@@ -258,7 +258,7 @@ def test_the_generator_s_step_takes_no_gradient_in_the_critic_s_weights(monkeypa
         row = METHODS[method]
         g, f, decoder = cifar.networks(row)
         game = common.Game(row, f, decoder, common.kernels((1,), (1,), (1,)).get(row.get("kernel")),
-                           torch.zeros(()), torch.Generator())
+                           torch.Generator())
         x, y = torch.rand(6, 3, 32, 32), g(torch.rand(6, 8))
         game.critic(x, y.detach()).backward()
         assert bool(counted) == (method != "mmdgan")            # batch norm: torch's own convolutions
@@ -347,9 +347,10 @@ def test_first_update_is_the_papers(method):
     rounding = 2e-3 if decoder else 2e-4        # MMD-GAN's distance is next to 0 under clipped weights
     assert log["loss_g"] == [pytest.approx(float(loss_g.detach()), rel=rounding)]
     assert loss_f is None or log["loss_f"] == [pytest.approx(float(loss_f.detach()), rel=rounding)]
-    for name, network in (("g", g), ("critic", torch.nn.ModuleList([n for n in (f, decoder) if n]))):
+    players = torch.nn.ModuleDict({name: n for name, n in (("f", f), ("decoder", decoder)) if n})
+    for name, network in (("g", g), ("game", players)):
         for weight, value in network.state_dict().items():
-            if (name, weight) == ("critic", "0.10.bias") and method.startswith("gram"):
+            if (name, weight) == ("game", "f.10.bias") and method.startswith("gram"):
                 continue        # it moves all outputs alike: its gradient is rounding
             first = (rate_g if name == "g" else row["adam"][0]) if "adam" in row else 5e-4      # RMSprop's
             wrong = (tensors[name, weight] - value).abs() > 0.1 * first
@@ -447,7 +448,7 @@ def test_figures_of_trained_rows(monkeypatch, capsys):
         f = cifar.networks(METHODS["sn-smmd"])[1]
         _, tensors, _ = kept("runs/cifar-sn-smmd-s0")
         f.load_state_dict({path[1][2:]: t for path, t in tensors.items()
-                           if path[0] == "critic" and path[1].startswith("0.")})
+                           if path[0] == "game" and path[1].startswith("f.")})
         weights = [layer.weight.detach().flatten(1) for layer in f.eval() if hasattr(layer, "weight")]
         for name, weight in zip(kept_values.files, weights):
             assert np.allclose(kept_values[name], np.linalg.svd(weight, compute_uv=False), atol=1e-6)
@@ -553,10 +554,13 @@ def test_players_of_a_ring_take_their_steps(script, run, monkeypatch):
         critic = row["critic"] if script is ring2d else method != "mmdnet"
         assert count == {"opt_g": {2.0}, "opt_f": {2.0 * each} if critic else set()}, method
         bound = row.get("clip") if script is ring2d else {"mmdgan": 0.1}.get(method)
-        largest = {i: max((float(t.abs().max()) for path, t in tensors.items()
-                           if path[0] == "critic" and path[1].startswith(f"{i}.")), default=0) for i in "01"}
-        assert not bound or largest["0"] == pytest.approx(bound)
-        assert method != "mmdgan" or largest["1"] > 0.11        # the decoder's weights are free
+        f, decoder = (("critic", "0."), ("critic", "1.")) if script is ring3d else (
+            ("game", "f."), ("game", "decoder."))
+        largest = {own: max((float(t.abs().max()) for path, t in tensors.items()
+                             if path[0] == own[0] and path[1].startswith(own[1])), default=0)
+                   for own in (f, decoder)}
+        assert not bound or largest[f] == pytest.approx(bound)
+        assert method != "mmdgan" or largest[decoder] > 0.11    # the decoder's weights are free
 
 
 @pytest.mark.parametrize("method", ring2d.METHODS)
@@ -650,11 +654,11 @@ def test_first_update_of_a_ring_is_the_papers(method):
     assert log["loss_g"] == [pytest.approx(float(loss_g.detach()), rel=1e-3, abs=1e-5)]
     assert loss_f is None or log["loss_f"] == [pytest.approx(float(loss_f.detach()), rel=1e-3, abs=1e-5)]
     rate = row["rmsprop"] if "rmsprop" in row else row["adam"][0]
-    for name, network in (("g", g), ("critic", f)):
+    for name, network in (("g", g), ("game", f)):
         for weight, value in network.named_parameters() if network else ():
             if float(value.grad.abs().max()) < 1e-5:
                 continue        # shifts all outputs, or precedes a batch norm: the gradient is rounding
-            found = tensors[(name, f"network.{weight}") if name == "g" else (name, f"0.network.{weight}")][0]
+            found = tensors[(name, f"network.{weight}") if name == "g" else (name, f"f.network.{weight}")][0]
             firm = value.grad.abs() > 0.01 * value.grad.abs().max()      # the rest's sign may be rounding too
             wrong = ((found - value).abs() > 0.2 * rate)[firm]
             assert wrong.float().mean() < 0.1, (name, weight, float(wrong.float().mean()))
