@@ -239,7 +239,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     def readings(step):
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if "ridge" in row else {}
         if step % grid_every == 0 or step == steps:
-            found |= scorer.score(sampler.draw(SAMPLES))
+            found |= scorer.score(SAMPLES)
         if "adaptive" in state and step % ADAPT_EVERY == 0:
             found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])

@@ -1865,18 +1865,18 @@ class Scorer:
         self.judge, self.sampler, self.folder = judge, sampler, folder
         self.resampled, self.resamplings, self.last = resampled, resamplings, {}
 
-    def score(self, images):
-        """The scores of images as Judge.score has them; nothing without a judge, or if its network fails."""
+    def score(self, n):
+        """The scores of n samples as Judge.score has them; none without a judge, or if its network fails."""
         if self.judge:
+            images = self.sampler.draw(n)
             self.last = self.judge.score(images, self.resampled, self.resamplings, run=self.folder)
         return self.last
 
     def keep(self, n):
         """Write n samples to FOLDER/samples.npy and return their scores, the last ones if of as many."""
-        images = self.sampler.draw(n)
         with replacing(f"{self.folder}/samples.npy") as file:
-            np.save(file, images.numpy())
-        return self.last if self.last.get("samples") == n else self.score(images)
+            np.save(file, self.sampler.draw(n).numpy())
+        return self.last if self.last.get("samples") == n else self.score(n)
 
 
 class AdaptiveRate:
