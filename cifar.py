@@ -27,8 +27,8 @@ BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # MMD-GAN's critic steps: at
 ENCODE = 20_000             # steps of GMMN+AE's autoencoder, all at first; ours, the paper's go by layers
 AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
                             # t^3; the average, mirrored data, the data's contrast are ours: see README.md
-ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt by so many samples, and how: Demystifying MMD
-ADAPT = dict(window=10, patience=3, level=0.1, floor=1e-6)      # GANs, section 5, and its code's scorer.py
+ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt by so many samples: Demystifying MMD GANs,
+ADAPT = (10, 3, 0.1, 1e-6)              # section 5; window, patience, level and floor: its code's scorer.py
 SAMPLES = 10_000            # to keep and to score, but for --table
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
@@ -247,7 +247,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
     if judge and "decay" in row:
         x, key = judge.codes(images[:CODES]), judge.network.key
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], **ADAPT)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], *ADAPT)
     step = common.load(folder, state, settings)
     speed = {key: common.read_result(folder).get(key) for key in ("milliseconds", "MiB")}
     if step < steps:

@@ -24,8 +24,8 @@ RBF = (2, 5, 10, 20, 40, 80)            # Demystifying MMD GANs, section 5; as v
 ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its code has 0.1, 1, 10
 LAMBDA = 1.0                # GRAM, eq. 9
 ENCODE, ENCODE_BATCH = 10_000, 100      # steps of GMMN+AE's autoencoder, all at first; GMMN's go by layers
-ADAPT_EVERY, CODES = 500, 2_048         # of rates that adapt by so many samples, and how: Demystifying MMD
-ADAPT = dict(window=10, patience=3, level=0.1, floor=1e-6)      # GANs, section 5, and its code's scorer.py
+ADAPT_EVERY, CODES = 500, 2_048         # of rates that adapt by so many samples: Demystifying MMD GANs,
+ADAPT = (10, 3, 0.1, 1e-6)              # section 5; window, patience, level and floor: its code's scorer.py
 SAMPLES = 10_000            # to keep and to score, but for --table
 BOOTSTRAP, RESAMPLINGS = 100_000, 10    # of the distance, if so many are scored; as Demystifying MMD GANs
 LENET_EPOCHS, LENET_BATCH, LENET_RATE = 2, 64, 2e-3     # ours: 99.3 % of the test images, as the tutorial's
@@ -183,7 +183,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
     if judge and "decay" in row:
         x, key = judge.codes(images[:CODES]), judge.network.key
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], **ADAPT)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], *ADAPT)
     step = common.load(folder, state, settings)
     speed = {key: common.read_result(folder).get(key) for key in ("milliseconds", "MiB")}
     if step < steps:

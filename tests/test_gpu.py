@@ -17,7 +17,7 @@ def small(monkeypatch):
     """Deterministic convolutions, so that equal means equal to the last bit."""
     common.setup("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    failing = dict(window=1, patience=2, level=-1.0, floor=1e-6)       # every second test halves a rate
+    failing = 1, 2, -1.0, 1e-6      # every second test halves a rate
     every = dict(SAMPLES=100, BOOTSTRAP=100, ENCODE=4, LOG_EVERY=1, SAVE_EVERY=3, ADAPT_EVERY=1, CODES=50,
                  ADAPT=failing)
     for script in (cifar, mnist):

@@ -16,7 +16,7 @@ from test_critics import dense
 from test_scripts import by_hand, kept, same
 
 SMALL = dict(STEPS=3, BATCH=8, SAMPLES=20, BOOTSTRAP=20, ENCODE=2, ENCODE_BATCH=7, CODES=20, ADAPT_EVERY=2,
-             ADAPT=dict(mnist.ADAPT, window=2, patience=2), LENET_EPOCHS=1, LENET_BATCH=20, PANELS=(1, 3, 4),
+             ADAPT=(2, 2, *mnist.ADAPT[2:]), LENET_EPOCHS=1, LENET_BATCH=20, PANELS=(1, 3, 4),
              SHOWN=10, LOG_EVERY=2, TRACE_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2,
              TABLES={"demystifying": (30, mnist.TABLES["demystifying"][1], 2)})
 

@@ -484,7 +484,7 @@ def test_figures_of_the_scores(monkeypatch, capsys):
 
 
 def test_rates_that_adapt(monkeypatch, capsys):
-    failing = dict(window=2, patience=2, level=-1.0, floor=1e-6)
+    failing = 2, 2, -1.0, 1e-6
     for name, value in dict(ADAPT_EVERY=2, CODES=20, ADAPT=failing).items():
         monkeypatch.setattr(cifar, name, value)         # every test is a failure
     with says("gram-adaptive needs a feature network", "--features"):
