@@ -1085,13 +1085,85 @@ def sngan_critic(channels, out, width=64):
     return dcgan_init(Layers(*layers, nn.Flatten(), nn.Linear(before * 16, out)))
 
 
+class Residual(nn.Module):
+    """Images [N, a, H, W] to [N, b, H, W] at twice or half of H and W: two convolutions of 3x3, and a shortcut.
+
+    up: norm, ReLU, nearest neighbours, convolution to b, norm, ReLU, convolution; beside it a convolution of
+    1x1 and the neighbours. Otherwise ReLU, convolution of a to a, ReLU, convolution to b, mean of each 2x2;
+    beside it the mean and a convolution of 1x1. The 1x1 stands where images are small: on either side of the
+    resizing it is the same function. No bias stands in front of a norm (Gulrajani et al. 2017, gan_64x64.py).
+
+    Weights of 3x3 are uniform with variance 4 / (fan_in + fan_out) where there is a norm, as there; without
+    one, as in Scaled-MMD-GAN, and in the shortcut, with half of that (Glorot).
+    """
+
+    def __init__(self, a, b, up, norm=None):
+        super().__init__()
+        conv, middle = nn.Conv2d if norm else Conv2d, b if up else a    # with batch norm no slope is held
+        resize = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
+        norms = [[norm(width)] if norm else [] for width in (a, middle)]
+        first = [*norms[0], nn.ReLU(), *([resize] if up else []), conv(a, middle, 3, 1, 1, bias=norm is None)]
+        second = [*norms[1], nn.ReLU(), conv(middle, b, 3, 1, 1), *([] if up else [resize])]
+        self.change = nn.Sequential(*first, *second)
+        shortcut = conv(a, b, 1)
+        self.shortcut = nn.Sequential(*((shortcut, resize) if up else (resize, shortcut)))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                wide = norm and layer is not shortcut
+                nn.init.xavier_uniform_(layer.weight, math.sqrt(2) if wide else 1)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, x):
+        return self.shortcut(x) + self.change(x)
+
+
+def residual_generator(noise, widths, channels, last=nn.Tanh, size=64, start=4):
+    """Generator of ten layers: [N, noise] to images [N, channels, size, size], in [-1, 1] by Tanh.
+
+    A linear layer to widths[0] at start x start, a Residual to each further width, batch norm, ReLU, and a
+    convolution of 3x3 where that is the size already, a transposed one of 5x5 and stride 2 where it is half.
+
+    widths                     size  start  source
+    (1024, 512, 256, 128, 64)  160   5      Binkowski et al. 2018, footnote 17 (mbinkowski/MMD-GAN,
+                                            architecture.py); Scaled MMD, section 4, says the same, but
+                                            its code has no batch norm in the blocks
+    (1024, 512, 256, 128, 64)  64    4      Scaled MMD, section 4 (MichaelArbel/Scaled-MMD-GAN)
+
+    Raises ValueError if the sizes do not fit.
+    """
+    reached = start * 2 ** (len(widths) - 1)
+    if size not in (reached, 2 * reached):
+        raise ValueError(f"found a size of {size}, expected {reached} or {2 * reached}")
+    end = (nn.Conv2d(widths[-1], channels, 3, 1, 1) if size == reached else
+           nn.ConvTranspose2d(widths[-1], channels, 5, 2, 2, 1))
+    outer = dcgan_init(nn.ModuleList([nn.Linear(noise, widths[0] * start ** 2), end]))
+    blocks = [Residual(a, b, True, batch_norm) for a, b in zip(widths, widths[1:])]
+    return nn.Sequential(outer[0], nn.Unflatten(1, (widths[0], start, start)), *blocks,
+                         batch_norm(widths[-1]), nn.ReLU(), end, last())
+
+
+def residual_critic(channels, widths, out, size=64):
+    """Critic of ten layers: images [N, channels, size, size] to [N, out], without norms.
+
+    A convolution of 3x3 to widths[0], LeakyReLU 0.2, a Residual at half the size to each further width,
+    LeakyReLU, the sum over all pixels, a linear layer. (64, 128, 256, 512, 1024) at 64x64: Scaled MMD,
+    section 4 (MichaelArbel/Scaled-MMD-GAN).
+    """
+    outer = dcgan_init(nn.ModuleList([Conv2d(channels, widths[0], 3, 1, 1), nn.Linear(widths[-1], out)]))
+    blocks = [Residual(a, b, False) for a, b in zip(widths, widths[1:])]
+    total = nn.AvgPool2d(size // 2 ** len(blocks), divisor_override=1)
+    return Layers(outer[0], nn.LeakyReLU(0.2), *blocks, nn.LeakyReLU(0.2), total, nn.Flatten(), outer[1])
+
+
 def image_networks(nets, row, channels, size):
     """Generator, critic and decoder of a row, None for what it has not, from a description of its networks.
 
     nets: the widths g and f of dcgan_generator and dcgan_critic, with kernel and norms, each none, batch or
     layer, or the width of SN-GAN's networks, or mlp, the widths of a generator of linear layers, and pooled,
-    those of a pooled_critic; z; unit, if pixels are in [0, 1]; encoder, widths. row: critic, its outputs;
-    spectral, learned or fixed; autoencoder; encode, if the generator makes codes.
+    those of a pooled_critic; start, if g are those of a residual_generator, and residual, if f are those of a
+    residual_critic; z; unit, if pixels are in [0, 1]; encoder, widths. row: critic, its outputs; spectral,
+    learned or fixed; autoencoder; encode, if the generator makes codes.
     """
     shape, z, out = (channels, size, size), nets["z"], row["critic"]
     last, kernel = nn.Sigmoid if "unit" in nets else nn.Tanh, nets["kernel"]
@@ -1108,8 +1180,14 @@ def image_networks(nets, row, channels, size):
     else:
         kinds = dict(none=None, batch=batch_norm, layer=layer_norm)
         norms = [kinds[name] for name in nets["norms"]]
-        g = dcgan_generator(z, nets["g"], channels, kernel, last, size)
-        f = dcgan_critic(channels, nets["f"], out, kernel, norms, size) if out else None
+        if "start" in nets:
+            g = residual_generator(z, nets["g"], channels, last, size, nets["start"])
+        else:
+            g = dcgan_generator(z, nets["g"], channels, kernel, last, size)
+        if "residual" in nets:
+            f = residual_critic(channels, nets["f"], out, size)
+        else:
+            f = dcgan_critic(channels, nets["f"], out, kernel, norms, size) if out else None
     if f and not any(isinstance(layer, nn.BatchNorm2d) for layer in f):
         f.to(memory_format=torch.channels_last)     # the faster layout, but for the reshaping of Layers
     if "spectral" in row:

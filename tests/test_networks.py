@@ -199,3 +199,134 @@ def test_mlp():
     assert network(torch.randn(3, 5)).shape == (3, 2)
     assert count(network) == 5 * 7 + 7 + 7 * 9 + 9 + 9 * 2 + 2
     assert [type(layer).__name__ for layer in network] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
+
+
+# ---- 160x160 and 64x64 ------------------------------------------------------------------------------------
+
+WIDE = (1024, 512, 256, 128, 64)
+
+
+def shapes(network, x):
+    """The shapes of what each of a network's layers makes of x, without the batch."""
+    with torch.no_grad():
+        return [tuple((x := layer(x)).shape[1:]) for layer in network]
+
+
+@pytest.mark.parametrize("size, start, last", [(160, 5, 25), (64, 4, 9)])
+def test_residual_generator(size, start, last):
+    """A linear layer, four blocks and a convolution: ten layers with weights but for the shortcuts."""
+    torch.manual_seed(0)
+    g = common.residual_generator(128, WIDE, 3, nn.Sigmoid, size, start)
+    sides = [start * 2 ** i for i in range(5)]
+    assert shapes(g, torch.rand(2, 128) * 2 - 1) == [
+        (1024 * start ** 2,), *((width, side, side) for width, side in zip(WIDE, sides)),
+        *[(64, sides[-1], sides[-1])] * 2, *[(3, size, size)] * 2]
+    blocks = sum(2 * a + 9 * a * b + 2 * b + 9 * b * b + b + a * b + b for a, b in zip(WIDE, WIDE[1:]))
+    assert count(g) == 129 * 1024 * start ** 2 + blocks + 2 * 64 + last * 64 * 3 + 3
+    weighty = [layer for name, layer in g.named_modules() if "shortcut" not in name
+               and isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
+    assert len(weighty) == 10
+    with pytest.raises(ValueError, match="found a size of 128, expected 80 or 160"):
+        common.residual_generator(128, WIDE, 3, nn.Sigmoid, 128, 5)
+
+
+def test_critics_of_160_and_64():
+    f = common.dcgan_critic(3, WIDE[::-1], 16, 5, (None,), 160)
+    sides = [80, 40, 20, 10, 5]
+    assert shapes(f, torch.rand(1, 3, 160, 160)) == [
+        *((w, side, side) for w, side in zip(WIDE[::-1], sides) for _ in range(2)), (1024 * 25,), (16,)]
+    filters = sum(25 * a * b + b for a, b in zip((3, *WIDE[::-1]), WIDE[::-1]))
+    assert count(f) == filters + (1024 * 25 + 1) * 16
+    f = common.residual_critic(3, WIDE[::-1], 1)
+    sides = [64, 32, 16, 8, 4]
+    assert shapes(f, torch.rand(1, 3, 64, 64)) == [
+        (64, 64, 64), *((w, side, side) for w, side in zip(WIDE[::-1], sides)), (1024, 4, 4), (1024, 1, 1),
+        (1024,), (1,)]
+    blocks = sum(9 * a * a + a + 9 * a * b + b + a * b + b for a, b in zip(WIDE[::-1], WIDE[-2::-1]))
+    assert count(f) == 28 * 64 + blocks + 1025
+    for learned in (False, True):       # a gain for each of 1 + 4 * 3 + 1 layers
+        g = common.spectral(common.residual_critic(3, (4, 8, 8, 8, 8), 1), learned)
+        norms = [torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() for layer in g.modules()
+                 if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        gains = [p for name, p in g.named_parameters() if name.endswith("gamma")]
+        assert len(norms) == 14 and len(gains) == 14 * learned
+        assert norms == [pytest.approx(1, abs=0.1)] * 14
+    assert f[-3](torch.ones(1, 2, 4, 4)).flatten().tolist() == [16, 16]         # a sum, not a mean
+    assert sum(isinstance(layer, nn.AvgPool2d) for layer in f.modules()) == 5 and f[1].negative_slope == 0.2
+
+
+def by_functions(block, x, up):
+    """A Residual from its weights, by functions of PyTorch, its shortcut in the papers' order."""
+    w = dict(block.named_parameters())
+
+    def norm(t, name):
+        return nn.functional.batch_norm(t, None, None, w[f"{name}.weight"], w[f"{name}.bias"], training=True)
+
+    def conv(t, name):
+        weight = w[f"{name}.weight"]
+        return nn.functional.conv2d(t, weight, w.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
+
+    def double(t):
+        return t.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def halve(t):
+        return (t[:, :, ::2, ::2] + t[:, :, 1::2, ::2] + t[:, :, ::2, 1::2] + t[:, :, 1::2, 1::2]) / 4
+
+    if up:
+        h = norm(conv(double(norm(x, "change.0").relu()), "change.3"), "change.4").relu()
+        return conv(h, "change.6") + conv(double(x), "shortcut.0")
+    return halve(conv(conv(x.relu(), "change.1").relu(), "change.3")) + halve(conv(x, "shortcut.1"))
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_a_residual_block_is_its_formula(up):
+    torch.manual_seed(0)
+    block = common.Residual(5, 7, up, common.batch_norm if up else None).double()
+    for p in block.parameters():
+        p.data.add_(torch.rand_like(p) / 5)
+    x = torch.randn(3, 5, 6, 6, dtype=torch.float64)
+    torch.testing.assert_close(block(x), by_functions(block, x, up), rtol=1e-12, atol=1e-12)
+    assert block(x).shape == (3, 7, 12, 12) if up else (3, 7, 3, 3)
+
+
+def test_residual_initialisation():
+    """Variance 4 / (fan_in + fan_out) with a norm, 2 / (fan_in + fan_out) without and in shortcuts."""
+    torch.manual_seed(0)
+    for up, norm, gain in ((True, common.batch_norm, 4), (False, None, 2)):
+        block = common.Residual(64, 96, up, norm)
+        for name, layer in block.named_modules():
+            if isinstance(layer, nn.Conv2d):
+                out, into, k, _ = layer.weight.shape
+                variance = (2 if "shortcut" in name else gain) / ((out + into) * k * k)
+                assert float(layer.weight.var()) == pytest.approx(variance, rel=0.05)
+                assert layer.weight.abs().max() <= (3 * variance) ** 0.5
+                assert layer.bias is None or not layer.bias.any()
+
+
+def test_a_residual_critic_s_slope_and_its_gradients():
+    """What Scaled MMD differentiates twice, against finite differences in float64."""
+    torch.manual_seed(0)
+    f = common.residual_critic(2, (3, 4, 5), 1, 8).double()
+    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    y = (x + 0.1).requires_grad_()
+    for a, b in zip(common.both(f, x, y), (f(x), f(y))):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+    weight = f[2].change[1].weight
+
+    def squares():
+        return common.jacobian(f, x)[1].square().sum()
+
+    slope, = torch.autograd.grad(squares(), weight)
+    _, J = common.jacobian(f, x)
+    for direction in (torch.zeros_like(weight).index_fill_(0, torch.tensor(0), 1.0), torch.randn_like(weight)):
+        values = []
+        for move in (1e-6, -2e-6):
+            weight.data.add_(move * direction)
+            values.append(squares().item())
+        weight.data.add_(1e-6 * direction)
+        difference = (values[0] - values[1]) / 2e-6
+        assert difference == pytest.approx(float((slope * direction).sum()), rel=1e-5)
+    moved = x.clone()
+    moved[0, 1, 2, 3] += 1e-6
+    difference = (f(moved) - f(x))[0, 0].item() / 1e-6
+    assert difference == pytest.approx(J[0, 0].view(2, 8, 8)[1, 2, 3].item(), rel=1e-4)
