@@ -49,11 +49,15 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shlex
+import shutil
+import signal
 import sys
 import tempfile
 import time
+import warnings
 from contextlib import contextmanager, suppress
 
 import matplotlib
@@ -63,6 +67,7 @@ import torch.export.passes
 import torch.fx
 import torchvision
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -1086,7 +1091,7 @@ def sngan_critic(channels, out, width=64):
 
 
 class Residual(nn.Module):
-    """Images [N, a, H, W] to [N, b, H, W] at twice or half of H and W: two convolutions of 3x3, and a shortcut.
+    """Images [N, a, H, W] to [N, b, ...] at twice or half of H and W: two convolutions of 3x3, a shortcut.
 
     up: norm, ReLU, nearest neighbours, convolution to b, norm, ReLU, convolution; beside it a convolution of
     1x1 and the neighbours. Otherwise ReLU, convolution of a to a, ReLU, convolution to b, mean of each 2x2;
@@ -1415,6 +1420,228 @@ def load_labels(name, split, folder, n):
     return torch.from_numpy(labels).long()
 
 
+FOLDERS = {     # of load_folders: side of the images, where they are below --data, what brings them there
+    "celeba178":  (178, "celeba/img_align_celeba", "unpack CelebA's img_align_celeba.zip there"),
+    "celeba64":   (64, "celeba/img_align_celeba", "unpack CelebA's img_align_celeba.zip there"),
+    "lsun64":     (64, "lsun", "export the images of LSUN's bedroom_train there"),
+    "imagenet64": (64, "imagenet", "put ILSVRC2012's train and val there"),
+}
+CELEBA = dict(train=(1, 162_770), val=(162_771, 182_637), test=(182_638, 202_599))      # file numbers of its
+                                                                # standard split, list_eval_partition.txt
+HELD_OUT = 25_000           # images of LSUN to score against, as many as Demystifying MMD GANs, section 5
+CHUNK = 256                 # images that a worker builds at a time: what a kill may lose of its work
+HEAD = 128                  # bytes in front of the numbers in an .npy file of four dimensions
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+
+
+def central_square(path, side):
+    """An image file's central square, uint8 [3, side, side], by PIL's antialiased bilinear filter.
+
+    Grey, CMYK, palette and 16-bit images become RGB of 8 bits. Raises an exception where it is no whole image
+    or smaller than that.
+    """
+    with Image.open(path) as image:
+        image.load()
+        n = min(image.size)
+        if n < side:
+            raise ValueError(f"{image.width}x{image.height}, expected {side}x{side} or more")
+        if image.mode.startswith("I"):      # 16 bits, which PIL's conversion would cut off at 255
+            grey = (np.asarray(image, np.int64) + 128) // 257
+            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        left, top = (image.width - n) // 2, (image.height - n) // 2
+        image, box = image.convert("RGB"), (left, top, left + n, top + n)
+        bilinear = Image.Resampling.BILINEAR
+        image = image.crop(box) if n == side else image.resize((side, side), bilinear, box)
+        return np.asarray(image).transpose(2, 0, 1)
+
+
+def folder_files(name, split, data):
+    """The paths of the images of a split of FOLDERS, in order; exits with a message if there is no folder.
+
+    celeba*: by CELEBA's numbers, other names are left out and said; lsun64: each tenth image is "test", of
+    many images each n-th, so that HELD_OUT remain, and the others are "train"; imagenet64: a folder a split.
+    """
+    _, below, brings = FOLDERS[name]
+    folder = f"{data}/{below}/{split}" if name == "imagenet64" else f"{data}/{below}"
+    if name.startswith("celeba") and not os.path.isdir(folder):
+        print(f"{folder} is not there: torchvision downloads CelebA", flush=True)
+        try:
+            torchvision.datasets.CelebA(data, download=True)
+        except Exception as error:          # whatever its hosts and its unpacking come to
+            sys.exit(f"{folder}: not there, and torchvision cannot download it ({first_line(error)})\n"
+                     f"{brings}, or name another folder with --data")
+    if not os.path.isdir(folder):
+        sys.exit(f"{folder}: not there; {brings}, or name another folder with --data")
+    files = sorted(f"{at}/{file}" for at, _, names in os.walk(folder, followlinks=True) for file in names
+                   if file.lower().endswith(SUFFIXES))
+    if not files:
+        sys.exit(f"{folder}: found no images ({', '.join(SUFFIXES)}); {brings}")
+    if name.startswith("celeba"):
+        stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
+        number = {file: int(stem) if stem.isdecimal() else 0 for file, stem in zip(files, stems)}
+        first, last = CELEBA[split]
+        odd = [os.path.basename(file) for file in files if not 1 <= number[file] <= CELEBA["test"][1]]
+        if odd and split == "train":
+            print(f"{folder}: left out {len(odd):,} images whose names are no numbers from 1 to "
+                  f"{CELEBA['test'][1]:,}, {odd[0]} the first")
+        return sorted((file for file in files if first <= number[file] <= last), key=number.get)
+    if name == "lsun64":
+        each = max(10, len(files) // HELD_OUT)
+        return [file for i, file in enumerate(files) if (i % each == 0) == (split == "test")]
+    return files
+
+
+def load_folders(name, splits, data):
+    """For each of the splits the images of DATA/NAME-SPLIT.npy, as read_array maps them, or None for none.
+
+    name: a key of FOLDERS; the first split must have images. What is not there is built by build_array, after
+    a look at the disk's free space. Exits with a message if that fails, or if an array is of another size, or
+    DATA/NAME-SPLIT.json says that its images were made in another way.
+    """
+    side, below, _ = FOLDERS[name]
+    paths = [f"{data}/{name}-{split}.npy" for split in splits]
+    missing = {path: folder_files(name, split, data) for path, split in zip(paths, splits)
+               if not os.path.exists(path)}
+    if missing:
+        make_folder(data)
+        begun = sum(os.stat(tmp).st_blocks * 512 for path in missing if os.path.exists(tmp := f"{path}.tmp"))
+        needed = sum(map(len, missing.values())) * 3 * side ** 2 - begun
+        free = shutil.disk_usage(data).free
+        if needed > free:
+            sys.exit(f"{', '.join(missing)}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
+                     "make room, or name another folder with --data")
+    for path, files in missing.items():
+        if files or path == paths[0]:
+            build_array(path, files, side)
+        else:
+            print(f"{path}: not built, {data}/{below} has no images of that split")
+    found, wanted = [], made(side)
+    for path in (path for path in paths if os.path.exists(path)):
+        with suppress(OSError):
+            with open(path.removesuffix("npy") + "json") as file:
+                how = json.load(file).get("images")
+            if how != wanted:
+                sys.exit(f"{path}: found images made as {how!r}, expected {wanted!r}; "
+                         "delete it to have it built anew, or name another folder with --data")
+    for path in paths:
+        found.append(read_array(path, (3, side, side), "r") if os.path.exists(path) else None)
+    return found
+
+
+def made(side):
+    """How the images of an array of FOLDERS are made, as the file beside it says it."""
+    return f"central square, {side}x{side}, bilinear, antialiased"
+
+
+def build_rows(tmp, files, side, chunks, taken, parent):
+    """A worker of build_array: take the next of the chunks, write its rows, note it, until none is left."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's, which ends its workers
+    warnings.simplefilter("ignore")
+    size = 3 * side ** 2
+    with open(tmp, "r+b", 0) as data, open(f"{tmp}.done", "ab", 0) as done:
+        while os.getppid() == parent:                   # a parent that was killed says nothing
+            with taken.get_lock():
+                taken.value += 1
+                turn = taken.value - 1
+            if turn >= len(chunks):
+                return
+            start = chunks[turn] * CHUNK
+            part, bad = files[start:start + CHUNK], {}
+            rows = np.zeros((len(part), 3, side, side), np.uint8)
+            for row, file in enumerate(part):
+                try:
+                    rows[row] = central_square(file, side)
+                except Exception as error:              # whatever its decoder stumbles over
+                    bad[start + row] = first_line(error)
+            data.seek(HEAD + start * size)
+            data.write(rows)
+            done.write(b"\n" + json.dumps([chunks[turn], bad]).encode())     # one write: whole or not there
+
+
+def build_array(path, files, side):
+    """Build PATH, uint8 [N, 3, side, side], from image files by central_square, a worker process a core.
+
+    Progress is printed. It is built as PATH.tmp and renamed when whole; after a kill the same call goes on
+    with what PATH.tmp.done says has been built. Images that cannot be read are left out, the last ones taking
+    their places, and are named at the end and in the .json beside it. Exits with a message if a worker dies
+    or fewer than two images can be read.
+    """
+    tmp, n, size = f"{path}.tmp", len(files), 3 * side ** 2
+    key = hashlib.sha256(json.dumps([files, side, CHUNK]).encode()).hexdigest()
+
+    def noted():
+        """The chunks that have been built, each with its images that cannot be read."""
+        with open(f"{tmp}.done") as file:
+            first, *lines = file.read().split("\n")
+        found = {}
+        for line in lines if first == key else ():
+            with suppress(ValueError):          # cut off, or the disk was full
+                chunk, bad = json.loads(line)
+                found[chunk] = {int(row): why for row, why in bad.items()}
+        return found if first == key else None
+
+    def images(chunks):
+        return sum(min(CHUNK, n - chunk * CHUNK) for chunk in chunks)
+
+    built = noted() if os.path.exists(tmp) and os.path.exists(f"{tmp}.done") else None
+    if built is None:
+        with open(tmp, "wb") as file:
+            file.truncate(HEAD + n * size)
+        with open(f"{tmp}.done", "w") as file:
+            file.write(key)
+        built = {}
+    left = [chunk for chunk in range(-(-n // CHUNK)) if chunk not in built]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"     # fork: no new imports
+    context = multiprocessing.get_context(kind)
+    taken = context.Value("q", 0)
+    given = (tmp, files, side, left, taken, os.getpid())
+    workers = [context.Process(target=build_rows, args=given, daemon=True)
+               for _ in range(min(cores, len(left)))]
+    before, began, shown = images(built), time.perf_counter(), time.perf_counter()
+    print(f"{path}: built once, {n:,} images by {len(workers)} processes"
+          + (f", {before:,} of them from before" if before else ""), flush=True)
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        next(worker for worker in workers if worker.is_alive()).join(0.2)
+        if time.perf_counter() - shown > 5:
+            shown, now = time.perf_counter(), images(noted())
+            rate = (now - before) / (shown - began)
+            minutes, seconds = divmod(round((n - now) / rate) if rate else 0, 60)
+            print(f"{path}: {now:,} of {n:,} images, {rate:,.0f} images/s, {minutes}:{seconds:02} left",
+                  flush=True)
+    built, rate = noted(), (n - before) / (time.perf_counter() - began)
+    if images(built) < n:
+        codes = sorted({worker.exitcode for worker in workers if worker.exitcode})
+        sys.exit(f"{path}: a process that builds it ended with {codes}, {images(built):,} of {n:,} images "
+                 "are built; the same command goes on with the others")
+    bad = {row: why for chunk in built.values() for row, why in chunk.items()}
+    good = n - len(bad)
+    for row in sorted(bad)[:20]:
+        print(f"{files[row]}: {bad[row]}")
+    if bad:
+        print(f"{path}: {len(bad):,} of {n:,} images cannot be read"
+              + (", the first 20 of them above" if len(bad) > 20 else ""))
+    if good < 2:
+        sys.exit(f"{path}: found {good} images that can be read, expected 2 or more")
+    rows = np.memmap(tmp, np.uint8, "r+", HEAD, (n, size))
+    for hole, row in zip((row for row in sorted(bad) if row < good),
+                         (row for row in range(good, n) if row not in bad)):
+        rows[hole] = rows[row]          # copied, not moved: the same again after a kill
+    rows.flush()
+    with open(tmp, "r+b") as file:
+        head = dict(descr="|u1", fortran_order=False, shape=(good, 3, side, side))
+        np.lib.format.write_array_header_1_0(file, head)
+        assert file.tell() == HEAD, f"found a header of {file.tell()} bytes, expected {HEAD}"
+    write_json(path.removesuffix("npy") + "json",
+               {"images": made(side), "files": n, "left out": {files[row]: bad[row] for row in sorted(bad)}})
+    os.replace(tmp, path)
+    os.truncate(path, HEAD + good * size)
+    os.remove(f"{tmp}.done")
+    print(f"{path}: {good:,} images, {good * size / 1e9:.2f} GB, {rate:,.0f} images/s", flush=True)
+
+
 SCORES = {"fd": 1, "kid": 1, "isc": -1}     # and the sign with which less is better
 DISTURBANCES = {"Gaussian noise": (0, 0.25, 0.5, 0.75), "Gaussian blur": (0, 1, 2, 4),     # as in TTUR's code
                 "black rectangles": (0, 0.25, 0.5, 0.75), "swirl": (0, 1, 2, 4),
@@ -1469,21 +1696,24 @@ def disturb(images, kind, alpha, rng, others):
     raise ValueError(f"found the disturbance {kind!r}, expected one of {', '.join(DISTURBANCES)}")
 
 
-def read_array(path, shape=(3, None, None)):
+def read_array(path, shape=(3, None, None), mode="c"):
     """The uint8 array [N, *shape] of an .npy file, None for any size, as a tensor that maps the file.
 
-    Exits with a message if the file holds no such array.
+    mode: "c", writable without any change of the file, or "r", which takes no memory of its own however large
+    the file is. Exits with a message if the file holds no such array.
     """
     wanted = f"expected uint8 [N, {', '.join(str(s or 'any') for s in shape)}] with N of 2 or more"
     try:
-        array = np.lib.format.open_memmap(path, "c")    # c: writable for torch, and the file stays as it is
+        array = np.lib.format.open_memmap(path, mode)
     except (OSError, ValueError, EOFError) as error:
         sys.exit(f"{path}: no whole .npy file ({first_line(error)}), {wanted}; "
                  "copy it again, or delete it to have it built anew")
     fits = array.ndim == 4 and len(array) > 1 and all(s in (None, n) for s, n in zip(shape, array.shape[1:]))
     if array.dtype != np.uint8 or not fits:
         sys.exit(f"{path}: found {array.dtype} {list(array.shape)}, {wanted}")
-    return torch.from_numpy(array)
+    with warnings.catch_warnings():     # "r": that nothing must be written there
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(array)
 
 
 def image_files(path):
