@@ -1537,7 +1537,7 @@ def build_rows(tmp, files, side, chunks, taken, parent):
     """A worker of build_array: take the next of the chunks, write its rows, note it, until none is left."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's, which ends its workers
     warnings.simplefilter("ignore")
-    size = 3 * side ** 2
+    size, rows = 3 * side ** 2, np.empty((CHUNK, 3, side, side), np.uint8)
     with open(tmp, "r+b", 0) as data, open(f"{tmp}.done", "ab", 0) as done:
         while os.getppid() == parent:                   # a parent that was killed says nothing
             with taken.get_lock():
@@ -1547,14 +1547,13 @@ def build_rows(tmp, files, side, chunks, taken, parent):
                 return
             start = chunks[turn] * CHUNK
             part, bad = files[start:start + CHUNK], {}
-            rows = np.zeros((len(part), 3, side, side), np.uint8)
             for row, file in enumerate(part):
                 try:
                     rows[row] = central_square(file, side)
                 except Exception as error:              # whatever its decoder stumbles over
                     bad[start + row] = first_line(error)
             data.seek(HEAD + start * size)
-            data.write(rows)
+            data.write(rows[:len(part)])
             done.write(b"\n" + json.dumps([chunks[turn], bad]).encode())     # one write: whole or not there
 
 
@@ -1629,7 +1628,6 @@ def build_array(path, files, side):
     for hole, row in zip((row for row in sorted(bad) if row < good),
                          (row for row in range(good, n) if row not in bad)):
         rows[hole] = rows[row]          # copied, not moved: the same again after a kill
-    rows.flush()
     with open(tmp, "r+b") as file:
         head = dict(descr="|u1", fortran_order=False, shape=(good, 3, side, side))
         np.lib.format.write_array_header_1_0(file, head)
