@@ -58,6 +58,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import matplotlib
@@ -1325,6 +1326,107 @@ def flip_images(x, rng):
     return x.flip(3).where(mirrored, x)
 
 
+def crop_images(x, side, rng):
+    """Of each of the images [n, C, H, W] a square of that side, anywhere in it: [n, C, side, side]."""
+    n, _, height, width = x.shape
+    if height == width == side:
+        return x
+    within = torch.arange(side, device=x.device)
+    rows, columns = (torch.randint(m - side + 1, (n, 1), generator=rng, device=x.device) + within
+                     for m in (height, width))
+    image, channel = torch.arange(n, device=x.device), torch.arange(x.shape[1], device=x.device)
+    return x[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None],
+             columns[:, None, None, :]]
+
+
+def central(images, side):
+    """The central squares of images [..., H, W], [..., side, side]: crop_images without chance."""
+    top, left = ((m - side) // 2 for m in images.shape[-2:])
+    return images[..., top:top + side, left:left + side]
+
+
+def on_device(images, device):
+    """Images, uint8 [N, C, H, W], on a GPU if they take no more than half of what is free there, and says so.
+
+    Else as they are: Batches gathers from them.
+    """
+    size = images.nbytes
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        fits = size <= free / 2
+        print(f"{len(images):,} images, {size / 1e9:.2f} GB: " + (
+            "on the GPU" if fits else f"gathered from the file, as {free / 1e9:.1f} GB are free on the GPU"),
+            flush=True)
+        return images.to(device) if fits else images
+    return images
+
+
+class Batches:
+    """Batches of n images, drawn with replacement, for the fixed input x [n, C, H, W] of an update.
+
+    images: uint8 [N, C, H, W], on the device, or a map of a file that is too large for it: then threads
+    gather the next batches into pinned memory ahead of need. fill() puts the next one into x; call it before
+    each update, outside of what is captured. Batch number k is a function of (seed, rank, k), so that both
+    ways give the same, and a state of one number, `taken`, is enough to go on from. waited: seconds in which
+    fill() waited for a thread. ahead: how many batches are gathered ahead, 0 for none.
+    """
+
+    def __init__(self, images, n, seed, device, rank=0, ahead=None):
+        self.images, self.n, self.key, self.waited = images, n, [seed, rank], 0.0
+        self.taken = torch.zeros((), dtype=torch.int64)
+        self.x = torch.zeros(n, *images.shape[1:], dtype=torch.uint8, device=device)
+        cuda = self.x.is_cuda
+        self.ahead = (8 if cuda and not images.is_cuda else 0) if ahead is None else ahead
+        slots = range(self.ahead + 1 if self.ahead else 0)      # one more: what is copied stays as it is
+        self.slots = [torch.empty(self.x.shape, dtype=torch.uint8, pin_memory=cuda) for _ in slots]
+        self.copied = [torch.cuda.Event() if cuda else None for _ in slots]
+        self.pool, self.coming = ThreadPoolExecutor(4, "batches") if self.ahead else None, {}
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def load_state_dict(self, kept):
+        self.taken.copy_(kept["taken"])
+
+    def index(self, k):
+        """Which images batch number k has, int64 [n]."""
+        return torch.from_numpy(np.random.default_rng([*self.key, k]).integers(len(self.images), size=self.n))
+
+    def gather(self, k):
+        """Batch number k in its slot, once the batch that had it has been copied; a thread's work."""
+        slot = k % len(self.slots)
+        if self.copied[slot]:
+            self.copied[slot].synchronize()
+        return torch.index_select(self.images, 0, self.index(k), out=self.slots[slot])
+
+    def fill(self):
+        """Put the next batch into x."""
+        k = int(self.taken)
+        self.taken += 1
+        if not self.ahead:
+            index = self.index(k)
+            if self.x.is_cuda:          # from pinned memory, as any other copy waits for the GPU
+                index = index.pin_memory().to(self.x.device, non_blocking=True)
+            torch.index_select(self.images, 0, index, out=self.x)
+            return
+        began, wanted = time.perf_counter(), range(k, k + self.ahead)
+        for other in set(self.coming).difference(wanted):       # the state has been put back
+            self.coming.pop(other).result()
+        for soon in wanted:
+            if soon not in self.coming:
+                self.coming[soon] = self.pool.submit(self.gather, soon)
+        batch = self.coming.pop(k).result()
+        self.waited += time.perf_counter() - began
+        self.x.copy_(batch, non_blocking=True)
+        if self.x.is_cuda:
+            self.copied[k % len(self.slots)].record()
+
+    def close(self):
+        """End the threads."""
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
+
+
 def to_bytes(y):
     """Images in [-1, 1] to uint8 of the same shape."""
     return ((y + 1) * 127.5).round().clamp(0, 255).byte()
@@ -1449,10 +1551,11 @@ def central_square(path, side):
             grey = (np.asarray(image, np.int64) + 128) // 257
             image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
         left, top = (image.width - n) // 2, (image.height - n) // 2
-        image, box = image.convert("RGB"), (left, top, left + n, top + n)
-        bilinear = Image.Resampling.BILINEAR
-        image = image.crop(box) if n == side else image.resize((side, side), bilinear, box)
-        return np.asarray(image).transpose(2, 0, 1)
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if n > side:
+            box = left, top, left + n, top + n
+            image, left, top = image.resize((side, side), Image.Resampling.BILINEAR, box), 0, 0
+        return np.asarray(image)[top:top + side, left:left + side].transpose(2, 0, 1)
 
 
 def folder_files(name, split, data):
