@@ -43,8 +43,11 @@ them there matches them everywhere.
 import argparse
 import copy
 import csv
+import datetime
+import gc
 import glob
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -56,6 +59,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +73,7 @@ import torch.fx
 import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d
@@ -1339,6 +1343,11 @@ def crop_images(x, side, rng):
              columns[:, None, None, :]]
 
 
+def evenly(images, n):
+    """n of the images [N, ...], from the first on, all as far apart: those of a folder are in order."""
+    return images[torch.arange(n, device=images.device) * len(images) // n]
+
+
 def central(images, side):
     """The central squares of images [..., H, W], [..., side, side]: crop_images without chance."""
     top, left = ((m - side) // 2 for m in images.shape[-2:])
@@ -1368,13 +1377,15 @@ class Batches:
     gather the next batches into pinned memory ahead of need. fill() puts the next one into x; call it before
     each update, outside of what is captured. Batch number k is a function of (seed, rank, k), so that both
     ways give the same, and a state of one number, `taken`, is enough to go on from. waited: seconds in which
-    fill() waited for a thread. ahead: how many batches are gathered ahead, 0 for none.
+    fill() waited for a thread. rank: ranks()'s by default. ahead: how many batches are gathered ahead, 0 for
+    none.
     """
 
-    def __init__(self, images, n, seed, device, rank=0, ahead=None):
-        self.images, self.n, self.key, self.waited = images, n, [seed, rank], 0.0
+    def __init__(self, images, n, seed, device, rank=None, ahead=None):
+        self.images, self.n, self.waited = images, n, 0.0
+        self.key = [seed, ranks()[0] if rank is None else rank]
         self.taken = torch.zeros((), dtype=torch.int64)
-        self.x = torch.zeros(n, *images.shape[1:], dtype=torch.uint8, device=device)
+        self.x = images[self.index(0).to(images.device)].to(device)     # for updates before the first fill()
         cuda = self.x.is_cuda
         self.ahead = (8 if cuda and not images.is_cuda else 0) if ahead is None else ahead
         slots = range(self.ahead + 1 if self.ahead else 0)      # one more: what is copied stays as it is
@@ -1603,8 +1614,9 @@ def load_folders(name, splits, data):
     """
     side, below, _ = FOLDERS[name]
     paths = [f"{data}/{name}-{split}.npy" for split in splits]
+    alone = ranks()[0] == 0         # the first process builds them, the others wait
     missing = {path: folder_files(name, split, data) for path, split in zip(paths, splits)
-               if not os.path.exists(path)}
+               if alone and not os.path.exists(path)}
     if missing:
         make_folder(data)
         begun = sum(os.stat(tmp).st_blocks * 512 for path in missing if os.path.exists(tmp := f"{path}.tmp"))
@@ -1618,6 +1630,7 @@ def load_folders(name, splits, data):
             build_array(path, files, side)
         else:
             print(f"{path}: not built, {data}/{below} has no images of that split")
+    barrier()
     found, wanted = [], made(side)
     for path in (path for path in paths if os.path.exists(path)):
         with suppress(OSError):
@@ -2101,14 +2114,15 @@ def extract(features, images, device, batch=250):
     return torch.cat(found), None if logits[0] is None else torch.cat(logits)
 
 
-def reference_statistics(path, features, device):
+def reference_statistics(path, features, device, side=None):
     """What scoring against a path's images needs: features [M, D], gaussian_fit's mean and root, and a name.
 
-    path: as read_images takes it. The dict is computed once and kept beside the images, in
-    PATH-NETWORK-KEY.pt, for as long as the images' files and SCORE_PRECISION stay as they are. Exits with a
-    message if that file holds something else, or if the network fails.
+    path: as read_images takes it; side: that of their central squares, if those are to be scored against. The
+    dict is computed once and kept beside the images, in PATH-NETWORK-KEY.pt or PATH-SIDE-NETWORK-KEY.pt, for
+    as long as the images' files and SCORE_PRECISION stay as they are. Exits with a message if that file holds
+    something else, or if the network fails.
     """
-    stem = path.rstrip("/").removesuffix(".npy")
+    stem = path.rstrip("/").removesuffix(".npy") + (f"-{side}" if side else "")
     kept, statistics = f"{stem}-{features.name}-{features.key}.pt", None
     files = [(os.path.basename(name), os.path.getsize(name), os.stat(name).st_mtime_ns)
              for name in image_files(path)]
@@ -2125,7 +2139,8 @@ def reference_statistics(path, features, device):
     if statistics is None or statistics.get("source") != source:
         print(f"{kept}: built once, from the features of {path}", flush=True)
         try:
-            found, _ = extract(features, read_images(path), device)
+            images = read_images(path)
+            found, _ = extract(features, central(images, side) if side else images, device)
         except RuntimeError as error:
             sys.exit(str(error))
         mean, root = gaussian_fit(found, device)
@@ -2184,10 +2199,10 @@ class Judge:
         return dict(scores, features=self.network.name, samples=len(found), reference=self.name)
 
 
-def open_judge(features, reference, device, needed=None):
+def open_judge(features, reference, device, needed=None, side=None):
     """The Judge of load_features and reference_statistics, or None where FID's network cannot be fetched.
 
-    features, reference: paths as they take them, or a network as load_features returns it. needed: what
+    features, reference, side: as they take them, or a network as load_features returns it. needed: what
     cannot do without, a name for the message that it exits with. Otherwise it says where the network was
     looked for: samples can be scored later.
     """
@@ -2198,7 +2213,7 @@ def open_judge(features, reference, device, needed=None):
             sys.exit(f"{needed} needs a feature network. {error}")
         print(error)
         return None
-    kept = reference_statistics(reference, network, device)
+    kept = reference_statistics(reference, network, device, side)
     return Judge(network, kept["features"], kept["name"], device, (kept["mean"], kept["root"]))
 
 
@@ -2233,6 +2248,105 @@ def setup(device):
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     return device
+
+
+def ranks():
+    """Which process this is and of how many that torchrun has started for one run: (0, 1) without it."""
+    there = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
+
+
+def own_seed(seed):
+    """The seed of this process' noise in a run of that seed: the same without torchrun."""
+    return seed + 1_000_003 * ranks()[0]
+
+
+def join(device):
+    """Join the processes that torchrun has started, if it has started several, before setup().
+
+    device: of --device; each process takes a GPU of its own, or all of them the CPU. Each has networks of
+    the same weights, other noise and other data; descend() takes the mean of their gradients, so that a loss
+    is the mean of losses of one batch each (the block estimator of Scaled MMD, section 4). Processes but the
+    first print and write nothing. Ends with a message if there are too few GPUs, and when torchrun ends this
+    process, which it does once another one has ended.
+    """
+    number = int(os.environ.get("WORLD_SIZE", 1))
+    if number == 1 or "RANK" not in os.environ:
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available() and device != "cpu"
+    if cuda:
+        here = torch.cuda.device_count()
+        if local >= here:               # the first that is too many says it
+            sys.exit(f"torchrun --nproc-per-node: found more processes than GPUs, expected {here} or fewer"
+                     if local == here else 1)
+        torch.cuda.set_device(local)
+    stop_when_told(rank)
+    # The first process may build arrays or score for long, and torchrun sees to it that all end with one.
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1),
+                                   device_id=torch.device("cuda", local) if cuda else None)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+
+
+def stop_when_told(rank):
+    """End this process on torchrun's SIGTERM, the first one with a line, even while it waits for a GPU."""
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)      # so that it is written to the pipe
+    signal.set_wakeup_fd(tell)
+
+    def wait():
+        while os.read(told, 1)[0] != signal.SIGTERM:
+            pass
+        if rank == 0:
+            print("stopped, as another process has ended or torchrun was told to; with --resume the same "
+                  "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def together(collective, *args):
+    """Call a collective function of torch.distributed, if there are several processes."""
+    if ranks()[1] == 1:
+        return
+    try:
+        collective(*args)
+    except RuntimeError:        # another process has ended: torchrun will end this one, see join()
+        time.sleep(60)
+        raise
+
+
+def barrier():
+    """Wait until all processes are here."""
+    together(distributed.barrier)
+
+
+def averaged(*tensors):
+    """The means of tensors of one type over all processes, by one collective; without others themselves.
+
+    On GPUs NCCL's, which can be captured in a CUDA graph as any kernel can.
+    """
+    number = ranks()[1]
+    if number == 1:
+        return tensors
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    together(distributed.all_reduce, flat)
+    parts = (flat / number).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
+
+
+def share_rates(*optimizers):
+    """Give the learning rates of the first process to all: it alone judges whether they adapt."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        rate = torch.tensor(float(group["lr"]), dtype=torch.float64, device=group["params"][0].device)
+        together(distributed.broadcast, rate, 0)
+        set_rate(group, float(rate))
+
+
+def set_rate(group, lr):
+    """Set the learning rate of an optimizer's group, in place if it is a tensor."""
+    group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
 
 
 def first_line(error):
@@ -2330,21 +2444,21 @@ class AdaptiveRate:
         if self.failures == self.patience:
             self.models, self.failures = [*self.models, now][-self.patience:], 0
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-                lr = max(float(group["lr"]) * self.decay, self.floor)
-                group["lr"] = group["lr"].fill_(lr) if torch.is_tensor(group["lr"]) else lr
+                set_rate(group, max(float(group["lr"]) * self.decay, self.floor))
         return p
 
 
 def descend(*players):
     """One step of each (optimizer, loss), every gradient taken before any step (GRAM, Algorithm 1).
 
-    A loss is a scalar, or a Stack's, [B], whose members do not meet.
+    A loss is a scalar, or a Stack's, [B], whose members do not meet. Of several processes that torchrun has
+    started the gradients are averaged: a step is the same in all.
     """
     weights = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer, _ in players]
     gradients = [torch.autograd.grad(loss.sum(), w, retain_graph=True)
                  for (_, loss), w in zip(players, weights)]
     for (optimizer, _), w, gradient in zip(players, weights, gradients):
-        for p, p_gradient in zip(w, gradient):
+        for p, p_gradient in zip(w, averaged(*gradient)):
             fits = p_gradient.stride() == p.stride()    # not a Stack's, transposed, which fused Adam refuses
             p.grad = p_gradient if fits else torch.empty_like(p).copy_(p_gradient)
         optimizer.step()
@@ -2460,7 +2574,7 @@ def interleave(runs):
             except StopIteration as end:
                 results[i] = end.value
             except FloatingPointError as error:
-                results[i] = error
+                results[i] = error.with_traceback(None)     # which would hold all of the run
             active.remove(i)
     return results
 
@@ -2472,7 +2586,13 @@ def interleave(runs):
 
 @contextmanager
 def replacing(path):
-    """A binary file that takes path's place when the block ends well; else path stays as it was."""
+    """A binary file that takes path's place when the block ends well; else path stays as it was.
+
+    Of several processes that torchrun has started the first one alone writes it.
+    """
+    if ranks()[0]:
+        yield io.BytesIO()
+        return
     try:
         with open(f"{path}.tmp", "wb") as file:
             yield file
@@ -2533,12 +2653,13 @@ def open_runs(out, script, namespace, methods, seeds, resume, device, figure=Non
         folder = f"{start}-figure{figure}-{method}" if figure else f"{start}-{method}-s{seed}"
         row = {k: v for k, v in namespace["METHODS"][method].items() if k not in ("paper", "every")}
         settings = dict(given, method=method, row=row, seed=seed, device=device.type)
+        settings |= dict(processes=ranks()[1]) if ranks()[1] > 1 else {}
         runs.append((method, seed, folder, json.loads(json.dumps(settings))))
     for _, _, folder, settings in runs if resume else ():
         kept = read_checkpoint(folder, settings)
         done = "no checkpoint, begins" if kept is None else "goes on"
         print(f"{folder}: {done} at update {kept['step'] if kept else 0:,}")
-    for _, _, folder, _ in runs:
+    for _, _, folder, _ in () if ranks()[0] else runs:
         make_folder(folder)
         if os.path.exists(f"{folder}/checkpoint.pt") and not resume:
             old = next(o for n in itertools.count(1) if not os.path.exists(o := f"{folder}-old-{n}"))
@@ -2548,13 +2669,24 @@ def open_runs(out, script, namespace, methods, seeds, resume, device, figure=Non
         for name, text in sources.items():
             with replacing(f"{folder}/{name}") as file:
                 file.write(text)
+    barrier()
     return runs
 
 
 def save(folder, step, state, settings):
-    """Write FOLDER/checkpoint.pt: a run's step, its state as in state_dicts, and its settings."""
-    with replacing(f"{folder}/checkpoint.pt") as file:
-        torch.save({"step": step, "settings": settings, "state": state_dicts(state)}, file)
+    """Write FOLDER/checkpoint.pt: a run's step, its state as in state_dicts, and its settings.
+
+    Of several processes each has its own generators' states there, a list under "generators".
+    """
+    kept = {"step": step, "settings": settings, "state": state_dicts(state)}
+    rank, number = ranks()
+    if number > 1:
+        own = {name: s.get_state() for name, s in state.items() if isinstance(s, torch.Generator)}
+        kept["generators"] = [None] * number
+        together(distributed.all_gather_object, kept["generators"], own)
+    if rank == 0:
+        with replacing(f"{folder}/checkpoint.pt") as file:
+            torch.save(kept, file)
 
 
 def read_checkpoint(folder, settings):
@@ -2582,8 +2714,9 @@ def load(folder, state, settings):
     kept = read_checkpoint(folder, settings)
     if kept is None:
         return 0
+    own = kept["state"] | kept.get("generators", {ranks()[0]: {}})[ranks()[0]]
     for name, s in state.items():
-        (s.set_state if isinstance(s, torch.Generator) else s.load_state_dict)(kept["state"][name])
+        (s.set_state if isinstance(s, torch.Generator) else s.load_state_dict)(own[name])
         for group in s.param_groups if isinstance(s, torch.optim.Optimizer) else ():
             if torch.is_tensor(group["lr"]):            # loaded to the CPU, and left there by load_state_dict
                 group["lr"] = group["lr"].to(group["params"][0].device)
@@ -2638,7 +2771,7 @@ class Log:
     def row(self, step, readings=dict, shown=True):
         """Write the means since the last row, and what readings() gives; FloatingPointError before that if a
         mean is not finite."""
-        sums, now = np.array(self.sums.tolist()), time.perf_counter()
+        sums, now = np.array(averaged(self.sums)[0].tolist()), time.perf_counter()
         self.sums.zero_()
         self.unshown += sums
         self.seconds, self.clock = self.seconds + now - self.clock, now
@@ -2648,7 +2781,7 @@ class Log:
                 raise FloatingPointError(f"diverged at update {step:,}: {name} is {mean}")
         found = readings()
         readings = [found.get(name) for name in self.readings]
-        with open(self.path, "a") as file:
+        with open(os.devnull if ranks()[0] else self.path, "a") as file:
             values = ["" if value is None else repr(value) for value in [*means, *readings]]
             file.write(",".join([str(step), *values, f"{self.seconds:.2f}"]) + "\n")
         if shown:
@@ -2731,10 +2864,13 @@ def parse(parser, argv, figures, tables):
     figures: {name: defaults of other flags}; tables: {name: (samples, methods as one text)}, or with its
     updates for a third. What is trained already for a figure or a table is not trained again: resume is set.
     """
-    parser.add_argument("--figure", choices=list(figures), metavar="NAME",
-                        help=f"draw {', '.join(figures)}; what has been trained for it is not trained again")
-    parser.add_argument("--table", choices=list(tables), metavar="NAME",
-                        help=f"train and score the methods of a paper's table: {', '.join(tables)}; likewise")
+    parser.set_defaults(figure=None, table=None)
+    if figures:
+        parser.add_argument("--figure", choices=list(figures), metavar="NAME", help=(
+            f"draw {', '.join(figures)}; what has been trained for it is not trained again"))
+    if tables:
+        parser.add_argument("--table", choices=list(tables), metavar="NAME", help=(
+            f"train and score the methods of a paper's table: {', '.join(tables)}; likewise"))
     args = parser.parse_args(argv)
     samples, methods, *steps = tables.get(args.table, (None, ""))
     given = dict(method=methods.split()) if args.table else {}
@@ -2758,7 +2894,10 @@ def train_runs(script, namespace, args, argv, device, begin):
         print(f"{method}: generator of {count(g):,} parameters, critic of {count(f):,}, "
               f"decoder of {count(decoder):,}")
     print(log_head(COLUMNS + READINGS))
-    results = interleave([begin(run) for run in runs])
+    if ranks()[1] == 1:
+        results = interleave([begin(run) for run in runs])
+    else:       # one after another: collectives must come in the same order everywhere
+        results = [interleave([begin(run)])[0] for run in runs]
     typed = command(script, argv)
     finished = list(ended(runs, results, typed))
     for run, result in finished:
@@ -2772,13 +2911,21 @@ def train_runs(script, namespace, args, argv, device, begin):
 
 
 def run(main):
-    """Call a script's main(); Ctrl-C ends it in words."""
+    """Call a script's main(); Ctrl-C ends it in words, those of the first process if there are several."""
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; with --resume the same command goes on from the last checkpoints, if there are any",
-              file=sys.stderr)
+        if ranks()[0] == 0:
+            print("\nstopped; with --resume the same command goes on from the last checkpoints, if there are "
+                  "any", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as end:       # a message is that of the first process, unless that has none
+        if isinstance(end.code, str) and ranks()[0]:
+            time.sleep(10)
+        raise
+    if ranks()[1] > 1:
+        gc.collect()                # captured graphs, which hold what is destroyed here
+        distributed.destroy_process_group()
 
 
 def ended(runs, results, command):
