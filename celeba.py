@@ -173,6 +173,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             common.descend((opt_f, loss))
         if "clip" in row:
             common.clip_weights(f, row["clip"])
+        if "rho" in row:                # of several processes the constraint is that of all data
+            critic.multiplier.copy_(common.averaged(critic.multiplier)[0])
         critic.loss.copy_(loss.detach())
 
     def update():

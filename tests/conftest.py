@@ -53,8 +53,7 @@ def inception_weights():
 def export(path, kind="tuple", dynamic=True):
     """Write a small feature network where --features finds it; returns the path as text."""
     example = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    sizes = {0: torch.export.Dim("batch", min=2), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
-    shapes = (sizes,) if dynamic else None
+    shapes = ({0: torch.export.Dim("batch", min=2)},) if dynamic else None
     program = torch.export.export(Features(kind), (example,), dynamic_shapes=shapes)
     torch.export.save(program, str(path))
     return str(path)

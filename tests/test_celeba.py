@@ -59,8 +59,8 @@ def run(script, *flags):
 # ---- every row --------------------------------------------------------------------------------------------
 
 RUNS = [(imagenet, None, [*FULL[imagenet]]), *(
-    (celeba, part, [name.removeprefix(f"{part}-") for name, row in FULL[celeba].items() if row["set"] == part])
-    for part in celeba.SETS)]
+    (celeba, part, [name.removeprefix(f"{part}-") for name in FULL[celeba]
+                    if FULL[celeba][name]["set"] == part]) for part in celeba.SETS)]
 
 
 @pytest.mark.parametrize("script, part, methods", RUNS)

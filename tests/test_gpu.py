@@ -2,12 +2,15 @@
 import pytest
 import torch
 
+import celeba
 import cifar
 import common
+import imagenet
 import mnist
 import ring2d
 from conftest import SWEPT, inception_weights
 
+SCRIPTS = cifar, mnist, celeba, imagenet
 MILLISECONDS = common.milliseconds
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -19,10 +22,10 @@ def small(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     failing = 1, 2, -1.0, 1e-6      # every second test halves a rate
     every = dict(SAMPLES=100, BOOTSTRAP=100, ENCODE=4, LOG_EVERY=1, SAVE_EVERY=3, ADAPT_EVERY=1, CODES=50,
-                 ADAPT=failing)
-    for script in (cifar, mnist):
+                 ADAPT=failing, KEEP=10)
+    for script in SCRIPTS:
         for name, value in every.items():
-            monkeypatch.setattr(script, name, value)
+            monkeypatch.setattr(script, name, value, raising=hasattr(script, name))
     monkeypatch.setattr(common, "milliseconds", lambda *args: None)
     torch.manual_seed(0)
 
@@ -31,8 +34,17 @@ def images_of(n, *shape):
     return torch.randint(256, (n, *(shape or (3, 32, 32))), dtype=torch.uint8, device="cuda")
 
 
+def shape(script, method):
+    """The shape of a row's images, () for 32x32."""
+    if script in (celeba, imagenet):
+        side = 178 if script.METHODS[method].get("set") == "celeba160" else 64
+        return 3, side, side
+    return (1, 28, 28) if script is mnist else ()
+
+
 def pixels(images):
-    return images.flatten(1).float() / 255, None
+    """Features: a corner of the image, of 32x32 at the most."""
+    return images[..., :32, :32].flatten(1).float() / 255, None
 
 
 pixels.name, pixels.key, pixels.accuracy = "pixels", "0", None
@@ -41,7 +53,7 @@ pixels.name, pixels.key, pixels.accuracy = "pixels", "0", None
 def run(method, folder, steps=6, seed=0, script=cifar):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1)
-    data, judge = images_of(1_000, *((1, 28, 28) if script is mnist else ())), None
+    data, judge = images_of(1_000, *shape(script, method)), None
     if "decay" in script.METHODS[method]:
         x, _ = common.extract(pixels, data, torch.device("cuda"))
         judge = common.Judge(pixels, x, "", torch.device("cuda"))
@@ -57,7 +69,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[p], b[p]) for p in a)
 
 
-@pytest.mark.parametrize("script, method", [(script, name) for script in (cifar, mnist)
+@pytest.mark.parametrize("script, method", [(script, name) for script in SCRIPTS
                                             for name in script.METHODS if name not in SWEPT])
 def test_captured_equals_eager_from_the_first_update(script, method, tmp_path, monkeypatch):
     common.interleave([run(method, tmp_path / "captured", script=script)])
@@ -204,3 +216,25 @@ def test_disturbed_images_stay_on_the_gpu():
     for kind, levels in common.DISTURBANCES.items():
         found = common.disturb(images_of(8), kind, levels[-1], torch.Generator("cuda"), others)
         assert found.is_cuda and found.shape == (8, 3, 32, 32)
+
+
+def test_batches_gathered_ahead_equal_those_on_the_gpu(tmp_path, monkeypatch):
+    """Copied into the fixed input of captured updates while others are gathered; also after the timing."""
+    monkeypatch.setattr(common, "milliseconds", MILLISECONDS)
+    common.interleave([run("sn-smmd", tmp_path / "direct", 20, script=imagenet)])
+    images = images_of
+
+    def on_the_cpu(*args):
+        return images(*args).cpu()
+    monkeypatch.setitem(globals(), "images_of", on_the_cpu)
+    [result] = common.interleave([run("sn-smmd", tmp_path / "ahead", 20, script=imagenet)])
+    assert same(weights(tmp_path / "direct"), weights(tmp_path / "ahead"))
+    assert 0 <= result["waiting"] < 1
+
+
+def test_a_set_that_fits_goes_to_the_gpu(monkeypatch, capsys):
+    images = images_of(10).cpu()
+    assert common.on_device(images, torch.device("cuda")).is_cuda and "on the GPU" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * images.nbytes - 1, 10 ** 9))
+    assert common.on_device(images, torch.device("cuda")) is images
+    assert "gathered from the file" in capsys.readouterr().out

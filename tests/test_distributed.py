@@ -1,0 +1,180 @@
+"""Several processes: gradients are the mean over blocks, training, a process that dies, resuming.
+
+torchrun starts this file itself, see the end of it.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+import celeba  # noqa: E402
+import common  # noqa: E402
+from conftest import export, says  # noqa: E402
+from test_celeba import METHODS, SMALL  # noqa: E402
+from test_scripts import kept  # noqa: E402
+
+ROWS = ("sn-smmd", "mmd-rqdot", "sobolev", "celeba64-gram", "celeba64-mmdgan")
+RUN = "celeba-sn-smmd-s0"
+
+
+def block(method, number):
+    """Gradients of critic and generator, averaged over processes, from a block of data and noise: float64."""
+    row, rng = METHODS[celeba][method], torch.Generator().manual_seed(number)
+    torch.manual_seed(0)
+    networks = common.image_networks(row["nets"], row, 3, 32)
+    g, f, decoder = (network and network.double() for network in networks)
+    for p in f.parameters():
+        p.data.mul_(4)              # far enough from 0 for a loss
+    critic = torch.nn.ModuleList([network for network in (f, decoder) if network])
+    kernel = common.kernels((1, 2), (), (1, 2), dtype=torch.float64).get(row["kernel"])
+    x = torch.rand(6, 3, 32, 32, generator=rng, dtype=torch.float64)
+    y = g(torch.rand(6, 8, generator=rng, dtype=torch.float64))
+    opt_f, opt_g = (torch.optim.SGD(network.parameters(), 0.0) for network in (critic, g))
+    if row["distance"] == "gram":
+        K_all = common.gram(kernel, *common.both(f, x, y))
+        objective, _ = common.gram_objective(*K_all, row["form"], row["ridge"], 1.0)
+        common.descend((opt_f, -objective), (opt_g, common.mmd2(*K_all)))
+    else:
+        game = common.Game(row, f.eval(), decoder, kernel, torch.zeros(()).double(), rng)
+        common.descend((opt_f, game.critic(x, y.detach())))
+        common.descend((opt_g, game.generator(x, y)[0]))
+    return [p.grad for network in (critic, g) for p in network.parameters()]
+
+
+def torchrun(*args, check=True):
+    """This file in two processes on the CPU."""
+    typed = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run([*typed, *map(str, args)], capture_output=True, text=True, timeout=120, env=env)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with arrays, where two processes have trained for 8 updates and taken gradients."""
+    folder = tmp_path_factory.mktemp("several")
+    before = os.getcwd()
+    os.chdir(folder)
+    os.mkdir("data")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 60), ("test", 30)):
+        np.save(f"data/celeba178-{split}.npy", rng.integers(0, 256, (n, 3, 36, 36), np.uint8))
+    export("features-tiny.pt2")
+    began = time.time()
+    done = torchrun("gradients", "--steps", 8, "--out", "whole", "--method", "sn-smmd", "sobolev")
+    (folder / "printed").write_text(done.stdout), (folder / "seconds").write_text(str(time.time() - began))
+    yield folder
+    os.chdir(before)
+
+
+def test_gradients_are_the_mean_of_those_of_both_blocks(folder):
+    """Each block has its own MMD, scale, penalty and batch norm statistics."""
+    found = [torch.load(f"gradients-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for method in ROWS:
+        blocks = [block(method, number) for number in (0, 1)]
+        norm = sum(float((a + b).square().sum()) for a, b in zip(*blocks)) ** 0.5 / 2
+        apart = sum(float((a - b).square().sum()) for a, b in zip(*blocks)) ** 0.5
+        assert apart > 0.01 * norm > 0, method
+        for own, other, a, b in zip(found[0][method], found[1][method], *blocks):
+            assert torch.equal(own, other)
+            assert float((own - (a + b) / 2).norm()) <= 1e-5 * max(float((a + b).norm()) / 2, 1e-9 * norm)
+
+
+def test_two_processes_train_one_run(folder):
+    """One log, the same weights and moments, other noise and data, the rates of the first."""
+    printed = (folder / "printed").read_text()
+    assert printed.count("updates/s") == 1 and printed.count(f"\n{RUN} ") == 4
+    assert sorted(os.listdir(f"whole/{RUN}")) == [
+        "celeba.py", "checkpoint.pt", "common.py", "log.csv", "result.json", "samples-4.png", "samples-8.png",
+        "samples.npy", "singular-4.npz", "singular-8.npz"]
+    for run in (RUN, "celeba-sobolev-s0"):
+        a, b = (common.tensors(torch.load(f"rank{rank}-{run}.pt", weights_only=True)) for rank in (0, 1))
+        alone = {path for path in a if path[0] in ("rng", "log", "adaptive") or path[-1] == "loss"}
+        assert a.keys() - alone == b.keys() - alone and len(a) > 100
+        for path in a.keys() - alone:
+            assert torch.equal(a[path], b[path]), path
+        assert not torch.equal(a["rng",], b["rng",]) and a["batches", "taken"] == 16
+    assert a["critic", "multiplier"] != 0
+    assert json.load(open(f"whole/{RUN}/result.json"))["samples"] == 25
+    log = common.read_log(f"whole/{RUN}")       # the third model fails, and the window has to fill anew
+    assert np.isfinite(log["p"]).tolist() == [False, False, True, False]
+    assert log["lr_g"] == pytest.approx([1e-4, 1e-4, 8e-5, 8e-5])
+
+
+def test_a_process_that_dies_ends_the_others_and_resuming_goes_on(folder):
+    began = time.time()
+    done = torchrun("die", "--steps", 8, "--out", "parts", check=False)
+    assert done.returncode and time.time() - began < 60
+    words = [line for line in done.stderr.splitlines() if line.startswith("stopped")]
+    assert len(words) == 1 and "--resume" in words[0]
+    step, *_ = kept(f"parts/{RUN}")
+    assert step == 4
+    torchrun("train", "--steps", 8, "--out", "parts", "--resume")
+    whole, parts = (torch.load(f"{out}/{RUN}/checkpoint.pt", weights_only=True) for out in ("whole", "parts"))
+    assert len(whole["generators"]) == 2 and whole["settings"]["processes"] == 2
+    for key in ("generators", "state"):
+        a, b = common.tensors(whole[key]), common.tensors(parts[key])
+        assert a.keys() == b.keys() and all(torch.equal(a[path], b[path]) for path in a)
+    a, b = (common.read_log(f"{out}/{RUN}") for out in ("whole", "parts"))
+    assert all(np.array_equal(a[name], b[name], equal_nan=True) for name in a if name != "seconds")
+
+
+def test_a_checkpoint_of_two_processes_is_refused_by_one(folder, monkeypatch):
+    small(monkeypatch.setattr)
+    with says("checkpoint.pt", "processes = 2, expected None"):
+        celeba.main(["--device", "cpu", "--features", "features-tiny.pt2", "--out", "whole", "--resume"])
+
+
+def test_one_process_of_torchrun_is_as_without_it(folder, monkeypatch):
+    small(monkeypatch.setattr)
+    given = ["--device", "cpu", "--features", "features-tiny.pt2", "--steps", "2", "--method", "sn-gan"]
+    celeba.main([*given, "--out", "without"])
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
+        monkeypatch.setenv(name, str(value))
+    celeba.main([*given, "--out", "with"])
+    a, b = (kept(f"{out}/celeba-sn-gan-s0") for out in ("without", "with"))
+    assert str(a[2]) == str(b[2]) and all(torch.equal(a[1][path], b[1][path]) for path in a[1])
+    assert common.ranks() == (0, 1) and common.averaged(torch.ones(2))[0].tolist() == [1, 1]
+
+
+def small(put):
+    """celeba.py as test_celeba.py has it, each test of the rates failing."""
+    failing = dict(window=2, patience=1, level=-1.0, floor=1e-6)
+    for name, value in dict(SMALL, ADAPT=failing, METHODS=METHODS[celeba],
+                            SETS={name: dict(row, size=32) for name, row in celeba.SETS.items()}).items():
+        put(celeba, name, value)
+    put(common, "FOLDERS", {"celeba178": (36, *common.FOLDERS["celeba178"][1:])})
+
+
+def process(what, *flags):
+    """One of the processes that torchrun starts."""
+    small(setattr)
+    rank, save, row, out = int(os.environ["RANK"]), common.save, common.Log.row, flags[3]
+
+    def save_own(folder, step, state, settings):
+        save(folder, step, state, settings)
+        if out == "whole":
+            torch.save(common.state_dicts(state), f"rank{rank}-{os.path.basename(folder)}.pt")
+
+    def die(self, step, *args):
+        if what == "die" and rank == 1 and step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        row(self, step, *args)
+
+    common.save, common.Log.row = save_own, die
+    celeba.main(["--device", "cpu", "--features", "features-tiny.pt2", *flags])
+    if what == "gradients":
+        torch.save({method: block(method, rank) for method in ROWS}, f"gradients-{rank}.pt")
+
+
+if __name__ == "__main__":
+    common.run(lambda: process(*sys.argv[1:]))
