@@ -13,9 +13,7 @@ curves of all runs of a command are runs/celeba-curves.png.
 """
 import sys
 
-import numpy as np
 import torch
-from torch import nn
 from torch.nn.utils import parametrize
 
 import common
@@ -29,8 +27,8 @@ LAMBDA = 1.0                # GRAM, eq. 9
 BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # MMD-GAN's critic steps: at updates 1 to 25, every 500th
 AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
                             # t^3; the average, mirrored data at 64, contrast are ours: see cifar.py
-ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt by so many samples, and how: Demystifying MMD
-ADAPT = dict(window=10, patience=3, level=0.1, floor=1e-6)      # GANs, section 5, and its code's scorer.py
+ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt by so many samples: Demystifying MMD GANs,
+ADAPT = (10, 3, 0.1, 1e-6)              # section 5; window, patience, level and floor: its code's scorer.py
 SAMPLES = 10_000            # to score during training
 FINAL = 25_000              # to score at the end, Demystifying MMD GANs; Scaled MMD has 50,000
 KEEP = 1_000                # of them in samples.npy
@@ -147,18 +145,16 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     g, f, decoder = (network.to(device) if network else None for network in networks(row))
     some = common.central(common.evenly(images, CODES), size)
     sampler = common.Sampler(g, nets, AVERAGE, 3).fit(some).to(device)
-    critic = nn.ModuleList([network for network in (f, decoder) if network])
-    for name in ("multiplier", "loss"):     # Sobolev GAN's; that of the last step
-        critic.register_buffer(name, torch.zeros((), device=device))
-    opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
-    opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop"))
     rng = torch.Generator(device).manual_seed(common.own_seed(seed))
-    batches = common.Batches(images, batch, seed, device)
-    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
-    state = dict(g=g, opt_g=opt_g, critic=critic, sampler=sampler, rng=rng, batches=batches, log=log)
-    state |= dict(opt_f=opt_f)
     kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))
-    game = common.Game(row, f, decoder, kernel, critic.multiplier, rng)
+    game = common.Game(row, f, decoder, kernel, rng).to(device)
+    opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
+    opt_f = common.optimizer(game, row.get("adam"), row.get("rmsprop"))
+    batches = common.Batches(images, batch, seed, device)
+    scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
+    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
+    state = dict(g=g, opt_g=opt_g, game=game, sampler=sampler, rng=rng, batches=batches, log=log)
+    state |= dict(opt_f=opt_f)
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
 
     def draw():
@@ -174,8 +170,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         if "clip" in row:
             common.clip_weights(f, row["clip"])
         if "rho" in row:                # of several processes the constraint is that of all data
-            critic.multiplier.copy_(common.averaged(critic.multiplier)[0])
-        critic.loss.copy_(loss.detach())
+            game.multiplier.copy_(common.averaged(game.multiplier)[0])
+        game.loss.copy_(loss.detach())
 
     def update():
         x, y = draw()
@@ -191,7 +187,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             with parametrize.cached():
                 loss_g, h_x, h_y = game.generator(x, y)
                 common.descend((opt_g, loss_g))
-            means = critic.loss, loss_g, None, None
+            means = game.loss, loss_g, None, None
         log.add(*means, h_x.var(0).sum() / h_y.var(0).sum())
         sampler.follow(g)
 
@@ -207,8 +203,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
     def readings(step):
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if "ridge" in row else {}
-        if judge and (step % GRID_EVERY == 0 or step == steps):
-            found |= score(SAMPLES)
+        if step % GRID_EVERY == 0 or step == steps:
+            found |= scorer.score(SAMPLES)
         if "decay" in row and step % ADAPT_EVERY == 0:
             if "adaptive" in state:
                 found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
@@ -216,15 +212,9 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
 
-    def score(n):
-        scores.clear()
-        scores.update(judge.score(sampler.draw(n), BOOTSTRAP, RESAMPLINGS, run=folder))
-        return scores
-
-    scores = {}
     if judge and "decay" in row:
         x, key = judge.codes(some), judge.network.key
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], **ADAPT)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], *ADAPT)
     step = common.load(folder, state, settings)
     speed = {key: common.read_result(folder).get(key) for key in ("milliseconds", "MiB", "waiting")}
     begun = step, log.seconds
@@ -244,8 +234,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         if step % GRID_EVERY == 0 or step == steps:
             common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(64), 8)
             if "start" in nets:
-                with common.replacing(f"{folder}/singular-{step}.npz") as file:
-                    np.savez(file, *(values.cpu() for values in common.singular_values(f)))
+                common.save_singular_values(folder, step, f)
         if step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
         yield
@@ -253,12 +242,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     batches.close()
     if step > begun[0]:                 # the share of the time in which it waited for images
         speed["waiting"] = batches.waited / (log.seconds - begun[1])
-    if judge and (not scores or samples != SAMPLES):        # had been trained before, or were fewer
-        score(samples)
-    with common.replacing(f"{folder}/samples.npy") as file:
-        np.save(file, sampler.draw(KEEP).numpy())
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,
-                **common.machine(device), **scores)
+                **common.machine(device), **scorer.keep(samples, KEEP))
 
 
 def main(argv=None):

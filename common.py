@@ -2395,10 +2395,10 @@ class Scorer:
             self.last = self.judge.score(images, self.resampled, self.resamplings, run=self.folder)
         return self.last
 
-    def keep(self, n):
-        """Write n samples to FOLDER/samples.npy and return their scores, the last ones if of as many."""
+    def keep(self, n, written=None):
+        """Write n samples, or so many, to FOLDER/samples.npy; return scores of n, if need be anew."""
         with replacing(f"{self.folder}/samples.npy") as file:
-            np.save(file, self.sampler.draw(n).numpy())
+            np.save(file, self.sampler.draw(written or n).numpy())
         return self.last if self.last.get("samples") == n else self.score(n)
 
 

@@ -9,9 +9,7 @@ measured yet: hours for 150,000 updates. Scores of fewer than 50,000 samples are
 goes to runs/imagenet-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json; the
 curves of all runs of a command are runs/imagenet-curves.png.
 """
-import numpy as np
 import torch
-from torch import nn
 from torch.nn.utils import parametrize
 
 import common
@@ -23,8 +21,8 @@ SIGMA = (1, 2, 4, 8, 16)    # bandwidths of gram, which is ours here, as in cifa
 LAMBDA = 1.0                # GRAM, eq. 9
 AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
                             # t^3; the average and the data's contrast are ours: see cifar.py
-ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt by so many samples, and how: Scaled MMD, sec. 4,
-ADAPT = dict(window=10, patience=3, level=0.1, floor=1e-6)      # Demystifying MMD GANs' code, scorer.py
+ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt by so many samples: Scaled MMD, section 4;
+ADAPT = (10, 3, 0.1, 1e-6)              # window, patience, level, floor: mbinkowski/MMD-GAN, scorer.py
 SAMPLES = 10_000            # to score during training
 FINAL = 50_000              # to score at the end, as Scaled MMD
 KEEP = 5_000                # of them in samples.npy
@@ -69,16 +67,15 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     g, f = (network.to(device) for network in networks(row)[:2])
     some = common.evenly(images, CODES)
     sampler = common.Sampler(g, nets, AVERAGE, 3).fit(some).to(device)
-    critic = nn.ModuleList([f])
-    critic.register_buffer("loss", torch.zeros((), device=device))      # that of the last step
-    opt_g, opt_f = common.optimizer(g, row["adam"]), common.optimizer(critic, row["adam"])
     rng = torch.Generator(device).manual_seed(common.own_seed(seed))
-    batches = common.Batches(images, batch, seed, device)
-    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
-    state = dict(g=g, opt_g=opt_g, critic=critic, sampler=sampler, rng=rng, batches=batches, log=log)
-    state |= dict(opt_f=opt_f)
     kernel = common.kernels(SIGMA, (), (), device).get(row["kernel"])
-    game = common.Game(row, f, None, kernel, None, rng)
+    game = common.Game(row, f, None, kernel, rng).to(device)
+    opt_g, opt_f = common.optimizer(g, row["adam"]), common.optimizer(game, row["adam"])
+    batches = common.Batches(images, batch, seed, device)
+    scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
+    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
+    state = dict(g=g, opt_g=opt_g, game=game, sampler=sampler, rng=rng, batches=batches, log=log)
+    state |= dict(opt_f=opt_f)
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
 
     def draw():
@@ -89,7 +86,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         with parametrize.cached():      # so that a spectral norm is iterated once
             loss = game.critic(x, y.detach())
             common.descend((opt_f, loss))
-        critic.loss.copy_(loss.detach())
+        game.loss.copy_(loss.detach())
 
     def update():
         x, y = draw()
@@ -105,7 +102,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             with parametrize.cached():
                 loss_g, h_x, h_y = game.generator(x, y)
                 common.descend((opt_g, loss_g))
-            means = critic.loss, loss_g, None, None
+            means = game.loss, loss_g, None, None
         log.add(*means, h_x.var(0).sum() / h_y.var(0).sum())
         sampler.follow(g)
 
@@ -118,8 +115,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
     def readings(step):
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if "ridge" in row else {}
-        if judge and (step % GRID_EVERY == 0 or step == steps):
-            found |= score(SAMPLES)
+        if step % GRID_EVERY == 0 or step == steps:
+            found |= scorer.score(SAMPLES)
         if "decay" in row and step % ADAPT_EVERY == 0:
             if "adaptive" in state:
                 found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
@@ -127,15 +124,9 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
 
-    def score(n):
-        scores.clear()
-        scores.update(judge.score(sampler.draw(n), BOOTSTRAP, RESAMPLINGS, run=folder))
-        return scores
-
-    scores = {}
     if judge and "decay" in row:
         x, key = judge.codes(some), judge.network.key
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], **ADAPT)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], *ADAPT)
     step = common.load(folder, state, settings)
     speed = {key: common.read_result(folder).get(key) for key in ("milliseconds", "MiB", "waiting")}
     begun = step, log.seconds
@@ -161,12 +152,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     batches.close()
     if step > begun[0]:                 # the share of the time in which it waited for images
         speed["waiting"] = batches.waited / (log.seconds - begun[1])
-    if judge and (not scores or samples != SAMPLES):        # had been trained before, or were fewer
-        score(samples)
-    with common.replacing(f"{folder}/samples.npy") as file:
-        np.save(file, sampler.draw(KEEP).numpy())
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,
-                **common.machine(device), **scores)
+                **common.machine(device), **scorer.keep(samples, KEEP))
 
 
 def main(argv=None):

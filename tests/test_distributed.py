@@ -44,7 +44,7 @@ def block(method, number):
         objective, _ = common.gram_objective(*K_all, row["form"], row["ridge"], 1.0)
         common.descend((opt_f, -objective), (opt_g, common.mmd2(*K_all)))
     else:
-        game = common.Game(row, f.eval(), decoder, kernel, torch.zeros(()).double(), rng)
+        game = common.Game(row, f.eval(), decoder, kernel, rng).double()
         common.descend((opt_f, game.critic(x, y.detach())))
         common.descend((opt_g, game.generator(x, y)[0]))
     return [p.grad for network in (critic, g) for p in network.parameters()]
@@ -105,7 +105,7 @@ def test_two_processes_train_one_run(folder):
         for path in a.keys() - alone:
             assert torch.equal(a[path], b[path]), path
         assert not torch.equal(a["rng",], b["rng",]) and a["batches", "taken"] == 16
-    assert a["critic", "multiplier"] != 0
+    assert a["game", "multiplier"] != 0
     assert json.load(open(f"whole/{RUN}/result.json"))["samples"] == 25
     log = common.read_log(f"whole/{RUN}")       # the third model fails, and the window has to fill anew
     assert np.isfinite(log["p"]).tolist() == [False, False, True, False]
@@ -150,7 +150,7 @@ def test_one_process_of_torchrun_is_as_without_it(folder, monkeypatch):
 
 def small(put):
     """celeba.py as test_celeba.py has it, each test of the rates failing."""
-    failing = dict(window=2, patience=1, level=-1.0, floor=1e-6)
+    failing = 2, 1, -1.0, 1e-6
     for name, value in dict(SMALL, ADAPT=failing, METHODS=METHODS[celeba],
                             SETS={name: dict(row, size=32) for name, row in celeba.SETS.items()}).items():
         put(celeba, name, value)
