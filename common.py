@@ -1651,7 +1651,9 @@ def made(side):
 
 def build_rows(tmp, files, side, chunks, taken, parent):
     """A worker of build_array: take the next of the chunks, write its rows, note it, until none is left."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's, which ends its workers,
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)       # in a way that stop_when_told() must not hear
+    signal.set_wakeup_fd(-1)
     warnings.simplefilter("ignore")
     size, rows = 3 * side ** 2, np.empty((CHUNK, 3, side, side), np.uint8)
     with open(tmp, "r+b", 0) as data, open(f"{tmp}.done", "ab", 0) as done:
@@ -2307,11 +2309,11 @@ def stop_when_told(rank):
 
 
 def together(collective, *args):
-    """Call a collective function of torch.distributed, if there are several processes."""
+    """Call a collective function of torch.distributed by its name, if there are several processes."""
     if ranks()[1] == 1:
         return
     try:
-        collective(*args)
+        getattr(distributed, collective)(*args)
     except RuntimeError:        # another process has ended: torchrun will end this one, see join()
         time.sleep(60)
         raise
@@ -2319,7 +2321,7 @@ def together(collective, *args):
 
 def barrier():
     """Wait until all processes are here."""
-    together(distributed.barrier)
+    together("barrier")
 
 
 def averaged(*tensors):
@@ -2331,16 +2333,17 @@ def averaged(*tensors):
     if number == 1:
         return tensors
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-    together(distributed.all_reduce, flat)
+    together("all_reduce", flat)
     parts = (flat / number).split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
 def share_rates(*optimizers):
     """Give the learning rates of the first process to all: it alone judges whether they adapt."""
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups if ranks()[1] > 1 else ():
         rate = torch.tensor(float(group["lr"]), dtype=torch.float64, device=group["params"][0].device)
-        together(distributed.broadcast, rate, 0)
+        together("broadcast", rate, 0)
         set_rate(group, float(rate))
 
 
@@ -2683,7 +2686,7 @@ def save(folder, step, state, settings):
     if number > 1:
         own = {name: s.get_state() for name, s in state.items() if isinstance(s, torch.Generator)}
         kept["generators"] = [None] * number
-        together(distributed.all_gather_object, kept["generators"], own)
+        together("all_gather_object", kept["generators"], own)
     if rank == 0:
         with replacing(f"{folder}/checkpoint.pt") as file:
             torch.save(kept, file)

@@ -220,3 +220,14 @@ def test_rates_need_a_feature_network(monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(SystemExit, match="sn-smmd needs a feature network"):
         run(imagenet)
+
+
+@pytest.mark.parametrize("script", [celeba, imagenet])
+def test_help_explains_every_flag(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and script.__doc__.splitlines()[0] in text
+    for flag in ("--method", "--seeds", "--steps", "--out", "--resume", "--device", "--data", "--features"):
+        assert flag in text
+    assert ("--set" in text) == ("--table" in text) == ("--figure" in text) == (script is celeba)
