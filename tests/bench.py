@@ -9,6 +9,8 @@
     python tests/bench.py tf32 --features FILE            what TF32 does to scores of CIFAR-10's images
     python tests/bench.py gcmmd                           the gradient-constrained MMD on MNIST, exact and by
                                                           the paper's incomplete Cholesky
+    python tests/bench.py input --images 162770           celeba.py's sn-smmd with its images on the GPU, in
+                                                          the page cache and on disk, of a file in --data
 
 Each in one process, so that the ratios hold. An update is the generator's with all of its critic's steps, but
 for MMD-GAN's bursts. "kernels" is the sum of the GPU kernels' own times, the floor of a run alone, "number"
@@ -21,9 +23,11 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import celeba
 import cifar
 import common
 import mnist
@@ -214,6 +218,34 @@ def gcmmd(data, times=5):
     print(common.table(head, rows))
 
 
+def waiting(device, n, data):
+    """Milliseconds per update of sn-smmd at 160x160, and the share of them that it waits for images."""
+    path, rng, rows = f"{data}/random178.npy", np.random.default_rng(0), []
+    common.make_folder(data)
+    array = np.lib.format.open_memmap(path, "w+", np.uint8, (n, 3, 178, 178))
+    for part in range(0, n, 1_000):
+        array[part:part + 1_000] = rng.integers(0, 256, array[part:part + 1_000].shape, np.uint8)
+    array.flush()
+    del array
+    celeba.LOG_EVERY = celeba.GRID_EVERY = celeba.SAVE_EVERY = 10 ** 9
+    for where in ("on disk", "in the page cache", "on the GPU"):
+        if where == "on disk":          # before it is mapped: what is mapped stays
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        images = common.read_array(path, (3, 178, 178), "r")
+        if where == "in the page cache":
+            with open(path, "rb") as file:
+                while file.read(1 << 26):
+                    pass
+        images = images.to(device) if where == "on the GPU" else images
+        with tempfile.TemporaryDirectory() as folder:
+            [found] = common.interleave([celeba.train("sn-smmd", 0, folder, {}, UPDATES, device, images, 1)])
+        rows.append([where, f"{1e3 * found['seconds'] / UPDATES:.1f}", f"{found['waiting']:.2%}"])
+    os.remove(path)
+    print(f"{', '.join(common.machine(device).values())}, {n:,} images, {UPDATES} updates")
+    print(common.table(["images", "ms an update", "waiting"], rows))
+
+
 class Images(torch.utils.data.Dataset):
     """As torch-fidelity takes images: items, not tuples."""
 
@@ -231,11 +263,11 @@ def main():
     global WARM, UPDATES
     names, raw = list(cifar.METHODS), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("what", nargs="?", default="methods", choices=["methods", "metrics", "tf32", "gcmmd"],
-                        help="(methods)")
-    parser.add_argument("--images", type=int, default=50_000, metavar="N", help="of metrics (50,000)")
+    parser.add_argument("what", nargs="?", default="methods", help="(methods)",
+                        choices=["methods", "metrics", "tf32", "gcmmd", "input"])
+    parser.add_argument("--images", type=int, default=50_000, metavar="N", help="of metrics, input (50,000)")
     parser.add_argument("--features", metavar="FILE", help="of tf32: a feature network, .pt2 or .pth")
-    parser.add_argument("--data", default="data", metavar="DIR", help="of tf32, gcmmd (data)")
+    parser.add_argument("--data", default="data", metavar="DIR", help="of tf32, gcmmd, input (data)")
     parser.add_argument("--method", nargs="+", default=names, choices=names, metavar="NAME", help="(all)")
     parser.add_argument("--eager", action="store_true", help="time updates that are not captured, too")
     parser.add_argument("--side", nargs="+", type=int, default=[], metavar="K", help="and K side by side")
@@ -249,6 +281,8 @@ def main():
         return tf32(device, args.features, args.data)
     if args.what == "gcmmd":
         return gcmmd(args.data)
+    if args.what == "input":
+        return waiting(device, args.images, args.data)
     cifar.LOG_EVERY = cifar.GRID_EVERY = cifar.SAVE_EVERY = 10 ** 9
     cifar.BURST_UNTIL = cifar.ENCODE = 1
     if device.type == "cpu":

@@ -100,16 +100,20 @@ def test_two_processes_train_one_run(folder):
         "samples.npy", "singular-4.npz", "singular-8.npz"]
     for run in (RUN, "celeba-sobolev-s0"):
         a, b = (common.tensors(torch.load(f"rank{rank}-{run}.pt", weights_only=True)) for rank in (0, 1))
-        alone = {path for path in a if path[0] in ("rng", "log", "adaptive") or path[-1] == "loss"}
+        alone = {path for path in a if path[0] in ("rng", "log", "adaptive", "x") or path[-1] == "loss"}
         assert a.keys() - alone == b.keys() - alone and len(a) > 100
         for path in a.keys() - alone:
             assert torch.equal(a[path], b[path]), path
-        assert not torch.equal(a["rng",], b["rng",]) and a["batches", "taken"] == 16
-    assert a["game", "multiplier"] != 0
+        assert not torch.equal(a["rng",], b["rng",]) and not torch.equal(a["x",], b["x",])
+        assert a["batches", "taken"] == 16
+    assert float(a["game", "multiplier"]) == pytest.approx(8 * 1e-6 * -0.5, rel=1e-3)
     assert json.load(open(f"whole/{RUN}/result.json"))["samples"] == 25
     log = common.read_log(f"whole/{RUN}")       # the third model fails, and the window has to fill anew
     assert np.isfinite(log["p"]).tolist() == [False, False, True, False]
     assert log["lr_g"] == pytest.approx([1e-4, 1e-4, 8e-5, 8e-5])
+    a, b = (np.array(json.load(open(f"means-{rank}.json"))[RUN])[:, :2] for rank in (0, 1))
+    assert np.abs(a - b).min() > 1e-3 * np.abs(a).max()         # the log has the means of both
+    assert np.allclose((a + b) / 2, np.stack([log["loss_f"], log["loss_g"]], 1), rtol=1e-4, atol=1e-12)
 
 
 def test_a_process_that_dies_ends_the_others_and_resuming_goes_on(folder):
@@ -161,19 +165,29 @@ def process(what, *flags):
     """One of the processes that torchrun starts."""
     small(setattr)
     rank, save, row, out = int(os.environ["RANK"]), common.save, common.Log.row, flags[3]
+    sobolev, means = common.sobolev, {}
 
     def save_own(folder, step, state, settings):
         save(folder, step, state, settings)
         if out == "whole":
-            torch.save(common.state_dicts(state), f"rank{rank}-{os.path.basename(folder)}.pt")
+            seen = dict(common.state_dicts(state), x=state["batches"].x)
+            torch.save(seen, f"rank{rank}-{os.path.basename(folder)}.pt")
 
     def die(self, step, *args):
         if what == "die" and rank == 1 and step == 6:
             os.kill(os.getpid(), signal.SIGKILL)
+        means.setdefault(self.name, []).append((self.sums / self.sums[-1]).tolist())
         row(self, step, *args)
 
-    common.save, common.Log.row = save_own, die
+    def apart(*args):           # Sobolev's constraint, which in so small networks is the same for all data
+        objective, omega = sobolev(*args)
+        return objective, omega + rank
+
+    common.save, common.Log.row, common.sobolev = save_own, die, apart
     celeba.main(["--device", "cpu", "--features", "features-tiny.pt2", *flags])
+    common.sobolev = sobolev
+    if out == "whole":
+        json.dump(means, open(f"means-{rank}.json", "w"))
     if what == "gradients":
         torch.save({method: block(method, rank) for method in ROWS}, f"gradients-{rank}.pt")
 
