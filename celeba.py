@@ -6,7 +6,7 @@
     python celeba.py --figure singular          Scaled MMD, Figure 2b; scores: Figure 2a
     torchrun --nproc-per-node=2 celeba.py ...   on several GPUs, 64 images of either kind on each
 
-Images are those of data/celeba/img_align_celeba and data/lsun, from which arrays are built once (19.3 GB for
+Images are those of data/celeba/img_align_celeba and data/lsun, from which arrays are built once (17.4 GB for
 160x160). Not measured yet: some 4 hours of an H200 are to be expected for 150,000 updates at 160x160. A run
 goes to runs/celeba-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json; the
 curves of all runs of a command are runs/celeba-curves.png.
@@ -37,7 +37,7 @@ LOG_EVERY = 200
 GRID_EVERY = 10_000         # and, with --features, scores
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
 
-# The array of a set, of which crops of that size are trained on, its split to score against, its first row.
+# The array of a set, the size of its crops that are trained on, the row that is trained if none is named.
 # CelebA's faces are cropped at random from 178x178 (mbinkowski/MMD-GAN, as "resized and cropped to 160x160");
 # GRAM does not state its resolution, 64 is that of Li et al. 2017, whose settings it has.
 SETS = {
