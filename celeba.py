@@ -216,7 +216,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         x, key = judge.codes(some), judge.network.key
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], *ADAPT)
     step = common.load(folder, state, settings)
-    speed = {key: common.read_result(folder).get(key) for key in ("milliseconds", "MiB", "waiting")}
+    speed = common.read_result(folder, "milliseconds", "MiB", "waiting")
     begun = step, log.seconds
     if step < steps:
         update = common.capture(update, state)

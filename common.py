@@ -2612,13 +2612,13 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_result(folder):
-    """FOLDER/result.json as a dict, empty if there is none."""
-    try:
+def read_result(folder, *keys):
+    """The values of keys in FOLDER/result.json as a dict, None for what is not there."""
+    kept = {}
+    with suppress(OSError, ValueError):
         with open(f"{folder}/result.json") as file:
-            return json.load(file)
-    except (OSError, ValueError):
-        return {}
+            kept = json.load(file)
+    return {key: kept.get(key) for key in keys}
 
 
 def make_folder(path):

@@ -185,7 +185,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         x, key = judge.codes(images[:CODES]), judge.network.key
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], *ADAPT)
     step = common.load(folder, state, settings)
-    speed = {key: common.read_result(folder).get(key) for key in ("milliseconds", "MiB")}
+    speed = common.read_result(folder, "milliseconds", "MiB")
     if step < steps:
         update = common.capture(update, state)
         if row["steps"] or "encode" in row:
