@@ -534,8 +534,8 @@ def kernel_jet(a, b):
     """
     w = a[..., :, None, :] - b[..., None, :, :]                                         # [..., N, M, S]
     K = (-0.5 * w.square().sum(-1)).exp()
-    one, mixed = torch.ones_like(w[..., :1]), torch.eye(w.shape[-1] + 1, dtype=w.dtype, device=w.device)
-    mixed[0, 0] = 0
+    one, identity = torch.ones_like(w[..., :1]), torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
+    mixed = F.pad(identity, (1, 0, 1, 0))                                               # 0 for K itself
     in_a, in_b = torch.cat([one, -w], -1), torch.cat([one, w], -1)                      # [..., N, M, 1 + S]
     jet = K[..., None, None] * (in_a[..., :, None] * in_b[..., None, :] + mixed)
     return jet.transpose(-3, -2)
