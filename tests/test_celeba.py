@@ -11,8 +11,7 @@ import torch
 import celeba
 import common
 import imagenet
-from conftest import export, says
-from test_scripts import kept, same
+from conftest import export, kept, same, says
 
 SMALL = dict(BATCH=8, SAMPLES=20, FINAL=25, KEEP=5, CODES=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2,
              ADAPT_EVERY=2, ADAPT=(2, 2, *celeba.ADAPT[2:]))

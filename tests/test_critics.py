@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import common
+from conftest import dense
 
 UNIT = torch.ones(1, dtype=torch.float64)
 
@@ -176,29 +177,6 @@ def test_kernel_jet_equals_finite_differences():
             assert torch.allclose(jet[n, 0, m, 1:], differences(lambda t: unit(a, t[None])[0, n, 0], b[m]))
             mixed = [differences(lambda t: common.kernel_jet(a, t[None])[n, i, 0, 0], b[m]) for i in (1, 2)]
             assert torch.allclose(jet[n, 1:, m, 1:], torch.stack(mixed), atol=1e-8)
-
-
-def dense(f, x, y, mu, lam):
-    """Proposition 4 as printed, with 1 / M: the M (1 + d) system in data space, by autograd."""
-    def k(u, v):
-        return (-(f(u) - f(v)).square().sum() / 2).exp()
-
-    def eta(t):
-        return torch.stack([k(t, u) for u in x]).mean() - torch.stack([k(t, v) for v in y]).mean()
-
-    M, d = mu.shape
-    both = torch.func.jacrev(torch.func.jacrev(k, 0), 1)
-    K = torch.stack([torch.stack([k(u, v) for v in mu]) for u in mu])
-    G = torch.stack([torch.stack([torch.func.jacrev(k, 0)(u, v) for v in mu]) for u in mu])      # [M, M, d]
-    H = torch.stack([torch.stack([both(u, v) for v in mu]) for u in mu])                 # [M, M, d, d]
-    left = G.permute(0, 2, 1).reshape(M * d, M)
-    system = torch.cat([torch.cat([K, left.T], 1),
-                        torch.cat([left, H.permute(0, 2, 1, 3).reshape(M * d, M * d)], 1)])
-    delta = torch.cat([torch.stack([eta(t) for t in mu]),
-                       torch.cat([torch.func.jacrev(eta)(t) for t in mu])])
-    solved = torch.linalg.solve(system + M * lam * torch.eye(len(system), dtype=system.dtype), delta)
-    mmd2 = (torch.stack([eta(u) for u in x]).mean() - torch.stack([eta(v) for v in y]).mean())
-    return (mmd2 - delta @ solved) / lam
 
 
 @pytest.mark.parametrize("s", [1, 2])

@@ -18,9 +18,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import celeba  # noqa: E402
 import common  # noqa: E402
-from conftest import export, says  # noqa: E402
+from conftest import export, kept, says  # noqa: E402
 from test_celeba import METHODS, SMALL  # noqa: E402
-from test_scripts import kept  # noqa: E402
 
 ROWS = ("sn-smmd", "mmd-rqdot", "sobolev", "celeba64-gram", "celeba64-mmdgan")
 RUN = "celeba-sn-smmd-s0"

@@ -11,9 +11,7 @@ from torch.nn import functional as F
 
 import common
 import mnist
-from conftest import Features, export, says
-from test_critics import dense
-from test_scripts import by_hand, kept, same
+from conftest import Features, by_hand, dense, export, kept, same, says
 
 SMALL = dict(STEPS=3, BATCH=8, SAMPLES=20, BOOTSTRAP=20, ENCODE=2, ENCODE_BATCH=7, CODES=20, ADAPT_EVERY=2,
              ADAPT=(2, 2, *mnist.ADAPT[2:]), LENET_EPOCHS=1, LENET_BATCH=20, PANELS=(1, 3, 4),

@@ -19,7 +19,7 @@ import common
 import mnist
 import ring2d
 import ring3d
-from conftest import SWEPT, export, says
+from conftest import SWEPT, by_hand, export, kept, same, says
 
 ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
 SMALL = dict(BATCH=8, SAMPLES=20, BOOTSTRAP=20, LOG_EVERY=2, GRID_EVERY=4, SAVE_EVERY=2, BURST=2,
@@ -84,20 +84,6 @@ def run_ring3d(*flags):
     ring3d.main(["--device", "cpu", *map(str, flags)])
 
 
-def kept(folder):
-    """All tensors of a run's checkpoint but the clock's, and its log without the times."""
-    state = torch.load(f"{folder}/checkpoint.pt", weights_only=True)
-    log = common.read_log(folder)
-    log.pop("seconds")
-    return state["step"], common.tensors(state["state"]), {name: rows.tolist() for name, rows in log.items()}
-
-
-def same(a, b):
-    (step_a, tensors_a, log_a), (step_b, tensors_b, log_b) = kept(a), kept(b)
-    assert step_a == step_b and str(log_a) == str(log_b) and tensors_a.keys() == tensors_b.keys()
-    return all(torch.equal(tensors_a[path], tensors_b[path]) for path in tensors_a)
-
-
 # ---- every row --------------------------------------------------------------------------------------------
 
 
@@ -144,77 +130,6 @@ def test_all_players_take_their_steps():
                     continue
                 if row["distance"] == "gan" or weight != f"{len(network) - 1}.bias" and not tiny:
                     assert not torch.equal(moved, start), (method, name, weight)
-
-
-def by_hand(row, f, decoder, x, y, a):
-    """The losses of critic and generator of a row, from plain formulas."""
-    h_x, h_y = f(x), f(y)
-    d = lambda u, v: (u[:, None] - v[None]).square().sum(-1)                                    # noqa: E731
-    kernels = {
-        "li": lambda u, v: sum(torch.exp(-d(u, v) / (2 * s * s)) for s in (1, 2, 4, 8, 16)),
-        "rbf": lambda u, v: sum(torch.exp(-d(u, v) / (2 * s * s)) for s in (2, 5, 10, 20, 40, 80)),
-        "rq": lambda u, v: sum((1 + d(u, v) / (2 * s)) ** -s for s in (0.2, 0.5, 1, 2, 5)),
-        "dot": lambda u, v: u @ v.T, "unit": lambda u, v: torch.exp(-d(u, v) / 2),
-        "distance": lambda u, v: (u.norm(dim=1)[:, None] + v.norm(dim=1) - (d(u, v) + 1e-30).sqrt()) / 2}
-    kernels["gmmn"] = lambda u, v: sum(torch.exp(-d(u, v) / (2 * s)) for s in (2, 5, 10, 20, 40, 80))
-    kernels["rq*"] = lambda u, v: kernels["rq"](u, v) + kernels["dot"](u, v)
-    k, kind, n = kernels.get(row.get("kernel")), row["distance"], len(x)
-
-    def root(u, v):
-        return (k(u, u).mean() + k(v, v).mean() - 2 * k(u, v).mean() + 1e-6).sqrt()
-
-    def unbiased(u, v):
-        off = 1 - torch.eye(n, dtype=x.dtype)
-        return sum((k(t, t) * off).sum() / (n * n - n) for t in (u, v)) - 2 * k(u, v).mean()
-
-    def slope(t):
-        t = t.detach().requires_grad_()
-        return torch.autograd.grad(f(t).sum(), t, create_graph=True)[0].flatten(1).square().sum(1)
-
-    w = h_x.mean() - h_y.mean()
-    if kind in ("smmd", "swgan"):
-        E = slope(x).mean() + (h_x.square().mean() if kind == "swgan" else 0)
-        loss_g = unbiased(h_x, h_y) / (1 + 10 * E) if kind == "smmd" else w / (1 + 10 * E).sqrt()
-    else:
-        loss_g = (-torch.sigmoid(h_y).log().mean() if kind == "gan" else root(h_x, h_y) if kind == "mmd"
-                  else w if kind in ("wasserstein", "sobolev") else unbiased(h_x, h_y))
-    loss_f = -loss_g
-    if kind == "gan":
-        loss_f = -torch.sigmoid(h_x).log().mean() - (1 - torch.sigmoid(h_y)).log().mean()
-
-    def cramer(t):
-        return (t[:, None] - h_y[None]).norm(dim=-1).mean(1) - t.norm(dim=1)
-
-    if kind == "cramer":
-        own = (h_y[:, None] - h_y[None] + 1e-30).norm(dim=-1).sum() / (n * n - n) - h_y.norm(dim=1).mean()
-        loss_f = -(cramer(h_x).mean() - own)
-    if kind == "sobolev":
-        loss_f = -w + 1e-6 / 2 * (slope(x).mean() - 1) ** 2
-    if "feasible" in row:
-        least = (h_x.mean(0) - h_y.mean(0)).clamp(max=0).mean()
-        loss_f, loss_g = loss_f - 16 * least, loss_g + 16 * least
-    if "autoencoder" in row:
-        loss_f = loss_f + 8 * sum((t - decoder(h)).square().mean() for t, h in ((x, h_x), (y, h_y)))
-    if "data_mmd" in row:
-        loss_g = loss_g + root(x.flatten(1), y.flatten(1))
-    if "activation" in row:
-        for t in (x, y):
-            for layer in f:
-                t = layer(t)
-                if isinstance(layer, (torch.nn.LeakyReLU, torch.nn.Linear)):
-                    loss_f = loss_f + row["activation"] * t.square().mean()
-    name, weight = row.get("penalty", (None, 0))
-    if name == "gradient":
-        t = (a[:, None, None, None] * x + (1 - a[:, None, None, None]) * y).detach().requires_grad_()
-        best = (cramer(f(t)) if kind == "cramer" else k(f(t), h_x).mean(1) - k(f(t), h_y).mean(1)
-                if kind == "mmd2" else f(t).sum(1))
-        G = torch.autograd.grad(best.sum(), t, create_graph=True)[0]
-        loss_f = loss_f + weight * (G.flatten(1).norm(dim=1) - 1).square().mean()
-    elif name:
-        norms = [p for layer in f if isinstance(layer, torch.nn.GroupNorm) for p in layer.parameters()]
-        weights = f.parameters() if name == "l2-all" else norms
-        loss_f = loss_f + weight * sum(p.abs().sum() if name == "l1" else p.square().sum() for p in weights)
-    return loss_f, loss_g
 
 
 PLAYED = {name: METHODS[name] for name in ROWS
