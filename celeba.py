@@ -54,6 +54,7 @@ TEN_LAYERS = dict(g=(1024, 512, 256, 128, 64), f=(64, 128, 256, 512, 1024), star
 DCGAN = dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512))
 NETS = {
     "scaled":  dict(TEN_LAYERS),
+    "bf16":    dict(TEN_LAYERS, bfloat16=True),
     "resnet":  dict(TEN_LAYERS, z=100),
     "gram":    dict(g=(256, 128, 64, 32), f=(32, 64, 128, 256), kernel=4, norms=("batch",)),
     "li":      dict(DCGAN, z=64, kernel=4, norms=("none", "batch"), noise="normal"),
@@ -80,6 +81,7 @@ METHODS = {
     "wgan-gp":      dict(MMD, **TEN, critic=1, distance="wasserstein", paper="2.72, 29.24, .022"),
     "smmd":         dict(SCALED, distance="smmd", scale=0.1, paper="2.83, 25.9, .019"),     # "Rank collapse"
     "sn-smmd":      dict(LEARNED, distance="smmd", paper="2.91, 12.2, .006"),
+    "sn-smmd-bf16": dict(LEARNED, nets="bf16", distance="smmd"),     # all but the last layers in bfloat16
     "swgan":        dict(SCALED, distance="swgan"),
     "sn-swgan":     dict(LEARNED, distance="swgan", paper="2.86, 18.6, .011"),
     "sn-gan":       dict(SN, distance="gan", paper="2.64, 27.7, .018"),

@@ -63,7 +63,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import matplotlib
 import numpy as np
@@ -75,6 +75,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import distributed, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -506,7 +507,7 @@ def spectral(network, learned):
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.utils.parametrizations.spectral_norm(layer)
             if learned:
-                nn.utils.parametrize.register_parametrization(layer, "weight", Gain())
+                parametrize.register_parametrization(layer, "weight", Gain())
     return network
 
 
@@ -878,24 +879,46 @@ def mlp(*sizes, norm=None):
     return nn.Sequential(*layers)
 
 
+@contextmanager
+def in_bfloat16(network, x):
+    """In the block the network's products are those of bfloat16, by autocast; x in it, for the block.
+
+    The weights stay as they are.
+    """
+    with parametrize.cached():
+        for layer in network.modules():
+            getattr(layer, "weight", None)      # a spectral norm is found out here, in float32
+        with torch.autocast(x.device.type, torch.bfloat16):
+            yield x.bfloat16()
+
+
 class Layers(nn.Sequential):
     """Layers one after another; of several sets at once, each batch norm by the statistics of every set.
 
     [N S, ...] for S sets, as torch.stack(sets, 1).flatten(0, 1) puts them. outputs: a list to which those of
-    the LeakyReLUs and of the last layer are added, or None.
+    the LeakyReLUs and of the last layer are added, or None. bfloat16: whether all layers but the last are
+    in_bfloat16; what comes in and goes out is of one type.
     """
 
+    bfloat16 = False
+
     def forward(self, x, sets=1, outputs=None):
-        for layer in self:
-            if sets > 1 and isinstance(layer, nn.BatchNorm2d):      # the sets' channels side by side: no copy
-                n, c, *size = x.shape
-                weight, bias = layer.weight.repeat(sets), layer.bias.repeat(sets)
-                x = x.view(n // sets, sets * c, *size)
-                x = F.batch_norm(x, None, None, weight, bias, training=True, eps=layer.eps).view(n, c, *size)
-            else:
-                x = layer(x)
-            if outputs is not None and (isinstance(layer, nn.LeakyReLU) or layer is self[-1]):
-                outputs.append(x)
+        *body, last = self
+        kind = x.dtype
+        with in_bfloat16(self, x) if self.bfloat16 else nullcontext(x) as x:
+            for layer in body:
+                if sets > 1 and isinstance(layer, nn.BatchNorm2d):  # the sets' channels side by side: no copy
+                    n, c, *size = x.shape
+                    weight, bias = layer.weight.repeat(sets), layer.bias.repeat(sets)
+                    x = x.view(n // sets, sets * c, *size)
+                    x = F.batch_norm(x, None, None, weight, bias, True, eps=layer.eps).view(n, c, *size)
+                else:
+                    x = layer(x)
+                if outputs is not None and isinstance(layer, nn.LeakyReLU):
+                    outputs.append(x.to(kind))
+        x = last(x.to(kind))
+        if outputs is not None:
+            outputs.append(x)
         return x
 
 
@@ -937,14 +960,14 @@ class Convolution(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """torch's by Convolution, whose notes hold: a square kernel, stride and padding, nothing else."""
+    """torch's by Convolution, whose notes hold: a square kernel, stride, padding; in its input's type."""
 
     def __init__(self, channels, out, kernel, stride=1, padding=0, bias=True):
         super().__init__(channels, out, kernel, stride, padding, bias=bias)
 
     def forward(self, x):
-        y = Convolution.apply(x, self.weight, self.stride, self.padding)
-        return y if self.bias is None else y + self.bias[:, None, None]
+        y = Convolution.apply(x, self.weight.to(x.dtype), self.stride, self.padding)
+        return y if self.bias is None else y + self.bias.to(x.dtype)[:, None, None]
 
 
 class Stack(nn.Module):
@@ -1078,7 +1101,7 @@ def sngan_generator(noise, channels, width=64):
     for a, b in zip(widths, widths[1:]):
         layers += [batch_norm(a), nn.ReLU(inplace=True), nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False)]
     layers += [batch_norm(width), nn.ReLU(inplace=True), nn.Conv2d(width, channels, 3, 1, 1), nn.Sigmoid()]
-    return dcgan_init(nn.Sequential(*layers))
+    return dcgan_init(Layers(*layers))
 
 
 def sngan_critic(channels, out, width=64):
@@ -1149,8 +1172,8 @@ def residual_generator(noise, widths, channels, last=nn.Tanh, size=64, start=4):
            nn.ConvTranspose2d(widths[-1], channels, 5, 2, 2, 1))
     outer = dcgan_init(nn.ModuleList([nn.Linear(noise, widths[0] * start ** 2), end]))
     blocks = [Residual(a, b, True, batch_norm) for a, b in zip(widths, widths[1:])]
-    return nn.Sequential(outer[0], nn.Unflatten(1, (widths[0], start, start)), *blocks,
-                         batch_norm(widths[-1]), nn.ReLU(), end, last())
+    return Layers(outer[0], nn.Unflatten(1, (widths[0], start, start)), *blocks,
+                  batch_norm(widths[-1]), nn.ReLU(), end, last())
 
 
 def residual_critic(channels, widths, out, size=64):
@@ -1172,8 +1195,9 @@ def image_networks(nets, row, channels, size):
     nets: the widths g and f of dcgan_generator and dcgan_critic, with kernel and norms, each none, batch or
     layer, or the width of SN-GAN's networks, or mlp, the widths of a generator of linear layers, and pooled,
     those of a pooled_critic; start, if g are those of a residual_generator, and residual, if f are those of a
-    residual_critic; z; unit, if pixels are in [0, 1]; encoder, widths. row: critic, its outputs; spectral,
-    learned or fixed; autoencoder; encode, if the generator makes codes.
+    residual_critic; z; unit, if pixels are in [0, 1]; encoder, widths; bfloat16, if generator and critic are
+    Layers in it. row: critic, its outputs; spectral, learned or fixed; autoencoder; encode, if the generator
+    makes codes.
     """
     shape, z, out = (channels, size, size), nets["z"], row["critic"]
     last, kernel = nn.Sigmoid if "unit" in nets else nn.Tanh, nets["kernel"]
@@ -1202,6 +1226,8 @@ def image_networks(nets, row, channels, size):
         f.to(memory_format=torch.channels_last)     # the faster layout, but for the reshaping of Layers
     if "spectral" in row:
         spectral(f, row["spectral"] == "learned")
+    if "bfloat16" in nets:
+        g.bfloat16 = f.bfloat16 = True
     decoder = dcgan_generator(out, nets["g"], channels, kernel, last, size) if "autoencoder" in row else None
     return g, f, decoder
 

@@ -42,6 +42,7 @@ RESNET = dict(g=(1024, 512, 256, 128, 64), f=(64, 128, 256, 512, 1024), start=4,
 SCALED = dict(nets=RESNET, kernel="unit", critic=1, steps=5, adam=(2e-4, 0.5, 0.9), decay=0.8, scale=10.0)
 METHODS = {
     "sn-smmd": dict(SCALED, distance="smmd", spectral="learned", paper="10.91, 36.6, .035"),
+    "sn-smmd-bf16": dict(SCALED, nets=dict(RESNET, bfloat16=True), distance="smmd", spectral="learned"),
     "smmd":    dict(SCALED, distance="smmd"),
     "sn-gan":  dict(SCALED, distance="gan", spectral="fixed", paper="11.16, 47.5, .044"),
     "gram":    dict(nets=RESNET, distance="gram", kernel="li", critic=128, steps=0, adam=(2e-4, 0.5, 0.999),

@@ -330,3 +330,29 @@ def test_a_residual_critic_s_slope_and_its_gradients():
     moved[0, 1, 2, 3] += 1e-6
     difference = (f(moved) - f(x))[0, 0].item() / 1e-6
     assert difference == pytest.approx(J[0, 0].view(2, 8, 8)[1, 2, 3].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("start, size", [(4, 64), (5, 160)])
+def test_bfloat16_is_near_float32(start, size):
+    """Values to two digits, slopes and gradients in direction; spectral norms are float32's."""
+    nets = dict(z=8, g=(16, 12, 8, 8, 8), f=(8, 8, 8, 8, 8), start=start, unit=True)
+    nets |= dict(residual=True) if start == 4 else {}
+    nets |= dict(kernel=5, norms=("none",))
+    row, found = dict(critic=1, spectral="learned"), []
+    for own in (nets, dict(nets, bfloat16=True)):
+        torch.manual_seed(0)
+        g, f, _ = common.image_networks(own, row, 3, size)
+        x, y = torch.rand(4, 3, size, size), g(torch.rand(4, 8))
+        with torch.nn.utils.parametrize.cached():
+            h, J = common.jacobian(f, x)
+            loss = (h - f(y)).mean() / (1 + J.square().sum((1, 2)).mean()).sqrt()
+            gradients = torch.autograd.grad(loss, [*g.parameters(), *f.parameters()], allow_unused=True)
+        norms = [value for name, value in f.named_buffers() if name.endswith("._u")]
+        assert len(norms) == (14 if start == 4 else 6)
+        found.append([y, h, J, torch.cat([u.flatten() for u in gradients if u is not None]), *norms])
+    wanted, near = found
+    assert {t.dtype for t in near} == {torch.float32}
+    assert all(torch.equal(u, v) for u, v in zip(wanted[4:], near[4:]))
+    assert all(1e-4 < (u - v).abs().max() / u.abs().max() < 2e-2 for u, v in zip(wanted[:2], near))
+    assert all(nn.functional.cosine_similarity(u.flatten(), v.flatten(), 0) > 0.97
+               for u, v in zip(wanted[2:4], near[2:4]))
