@@ -134,7 +134,7 @@ def networks(row):
     return common.image_networks(row["nets"], row, 3, SETS[row["set"]]["size"])
 
 
-def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES, judge=None):
+def train(method, seed, folder, settings, steps, device, images, samples=FINAL, judge=None):
     """One run: a generator function that yields after each generator update and returns the run's result.
 
     images: of the GPU, or of a map, see common.on_device; samples: how many to score at the end, by
@@ -155,8 +155,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     batches = common.Batches(images, batch, seed, device)
     scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
     log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
-    state = dict(g=g, opt_g=opt_g, game=game, sampler=sampler, rng=rng, batches=batches, log=log)
-    state |= dict(opt_f=opt_f)
+    state = dict(g=g, opt_g=opt_g, game=game, opt_f=opt_f, sampler=sampler, rng=rng, batches=batches, log=log)
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
 
     def draw():
@@ -276,11 +275,11 @@ def main(argv=None):
     finished = common.train_runs(__file__, globals(), args, argv, device,
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
     if first:
-        common.keep_figure(f"{args.out}/celeba-curves.png", common.curves_figure(finished, CURVES["all"]))
+        common.save_figure(f"{args.out}/celeba-curves.png", common.curves_figure(finished, CURVES["all"]))
     if first and args.figure:
         picture = (common.singular_figure(finished) if args.figure == "singular" else
                    common.curves_figure(finished, CURVES[args.figure]))
-        common.keep_figure(f"{args.out}/celeba-figure{args.figure}.png", picture)
+        common.save_figure(f"{args.out}/celeba-figure{args.figure}.png", picture)
 
 
 if __name__ == "__main__":

@@ -287,22 +287,22 @@ def main(argv=None):
     figure = f"{args.out}/cifar-figure{args.figure}.png"
     if args.figure == "bias":       # Demystifying MMD GANs, Figure 1 and appendix D.2
         picture = common.bias_figure(images, judge, KID_N, FID_N, CENSORED, CENSORED_M, ESTIMATES)
-        return common.keep_figure(figure, picture)
+        return common.save_figure(figure, picture)
     if args.figure == "noise":      # its appendix E, with MNIST's digits where the paper has ImageNet
         digits = nn.functional.pad(common.load_images("mnist", "train", args.data), (2, 2, 2, 2))
-        return common.keep_figure(figure, common.noise_figure(images, digits.expand(-1, 3, -1, -1), judge))
+        return common.save_figure(figure, common.noise_figure(images, digits.expand(-1, 3, -1, -1), judge))
     finished = common.train_runs(__file__, globals(), args, argv, device,
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
-    common.keep_figure(f"{args.out}/cifar-curves.png", common.curves_figure(finished, CURVES["all"]))
+    common.save_figure(f"{args.out}/cifar-curves.png", common.curves_figure(finished, CURVES["all"]))
     if args.figure in SWEEPS:
-        common.keep_figure(figure, common.sweep_figure(finished, SWEEPS[args.figure]))
+        common.save_figure(figure, common.sweep_figure(finished, SWEEPS[args.figure]))
     if args.figure in CURVES:
-        common.keep_figure(figure, common.curves_figure(finished, CURVES[args.figure]))
+        common.save_figure(figure, common.curves_figure(finished, CURVES[args.figure]))
     if args.figure == "singular":
-        common.keep_figure(figure, common.singular_figure(finished))
+        common.save_figure(figure, common.singular_figure(finished))
     if args.figure == "neighbours":
         shown = common.read_images(f"{finished[0][0][2]}/samples.npy")[:10]
-        common.keep_figure(figure, common.neighbours_figure(shown, images, judge))
+        common.save_figure(figure, common.neighbours_figure(shown, images, judge))
 
 
 if __name__ == "__main__":

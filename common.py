@@ -78,7 +78,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor
 
 # ------------------------------------------------------------------------------------------------------------
 # Kernels
@@ -881,9 +881,9 @@ def mlp(*sizes, norm=None):
 
 @contextmanager
 def in_bfloat16(network, x):
-    """In the block the network's products are those of bfloat16, by autocast; x in it, for the block.
+    """Yields x in bfloat16, for a block in which products are bfloat16's too, by autocast.
 
-    The weights stay as they are.
+    The network's weights stay as they are.
     """
     with parametrize.cached():
         for layer in network.modules():
@@ -896,16 +896,16 @@ class Layers(nn.Sequential):
     """Layers one after another; of several sets at once, each batch norm by the statistics of every set.
 
     [N S, ...] for S sets, as torch.stack(sets, 1).flatten(0, 1) puts them. outputs: a list to which those of
-    the LeakyReLUs and of the last layer are added, or None. bfloat16: whether all layers but the last are
+    the LeakyReLUs and of the last layer are added, or None. mixed: whether all layers but the last are
     in_bfloat16; what comes in and goes out is of one type.
     """
 
-    bfloat16 = False
+    mixed = False
 
     def forward(self, x, sets=1, outputs=None):
         *body, last = self
         kind = x.dtype
-        with in_bfloat16(self, x) if self.bfloat16 else nullcontext(x) as x:
+        with in_bfloat16(self, x) if self.mixed else nullcontext(x) as x:
             for layer in body:
                 if sets > 1 and isinstance(layer, nn.BatchNorm2d):  # the sets' channels side by side: no copy
                     n, c, *size = x.shape
@@ -1006,10 +1006,7 @@ def batch_norm(channels):
 
 def halved(size, times):
     """Sizes of an image through convolutions of stride 2, from its own on: 28 to [28, 14, 7, 4, 2] by 4."""
-    sizes = [size]
-    for _ in range(times):
-        sizes.append(math.ceil(sizes[-1] / 2))
-    return sizes
+    return [math.ceil(size / 2 ** i) for i in range(times + 1)]
 
 
 def dcgan_init(network):
@@ -1227,7 +1224,7 @@ def image_networks(nets, row, channels, size):
     if "spectral" in row:
         spectral(f, row["spectral"] == "learned")
     if "bfloat16" in nets:
-        g.bfloat16 = f.bfloat16 = True
+        g.mixed = f.mixed = True
     decoder = dcgan_generator(out, nets["g"], channels, kernel, last, size) if "autoencoder" in row else None
     return g, f, decoder
 
@@ -1656,7 +1653,7 @@ def load_folders(name, splits, data):
             build_array(path, files, side)
         else:
             print(f"{path}: not built, {data}/{below} has no images of that split")
-    barrier()
+    together("barrier")
     found, wanted = [], made(side)
     for path in (path for path in paths if os.path.exists(path)):
         with suppress(OSError):
@@ -1682,7 +1679,7 @@ def build_rows(tmp, files, side, chunks, taken, parent):
     signal.set_wakeup_fd(-1)
     warnings.simplefilter("ignore")
     size, rows = 3 * side ** 2, np.empty((CHUNK, 3, side, side), np.uint8)
-    with open(tmp, "r+b", 0) as data, open(f"{tmp}.done", "ab", 0) as done:
+    with open(tmp, "r+b") as data, open(f"{tmp}.done", "ab", 0) as done:
         while os.getppid() == parent:                   # a parent that was killed says nothing
             with taken.get_lock():
                 taken.value += 1
@@ -1698,6 +1695,7 @@ def build_rows(tmp, files, side, chunks, taken, parent):
                     bad[start + row] = first_line(error)
             data.seek(HEAD + start * size)
             data.write(rows[:len(part)])
+            data.flush()                                # raises where the disk is full
             done.write(b"\n" + json.dumps([chunks[turn], bad]).encode())     # one write: whole or not there
 
 
@@ -1976,17 +1974,6 @@ class FidInception(nn.Module):
         return found, found @ self.classes.T
 
 
-def fid_inception(path=None):
-    """FidInception with a .pth file's weights, None: those that pytorch-fid publishes, by torch.hub's cache.
-
-    Raises OSError or RuntimeError where they cannot be fetched or are no such weights.
-    """
-    if path:
-        return FidInception(torch.load(path, map_location="cpu", weights_only=True))
-    return FidInception(torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True,
-                                                           weights_only=True))
-
-
 def load_features(path, device):
     """A feature network: a function from uint8 [N, 3, H, W] to features [N, D] and logits [N, C] or None.
 
@@ -2005,7 +1992,10 @@ def load_features(path, device):
         else:
             plain = device.type == "cuda" and SCORE_PRECISION == "ieee"     # which layout is the faster one
             layout = torch.contiguous_format if plain else torch.channels_last
-            network = fid_inception(path).to(device, memory_format=layout)
+            weights = (torch.load(path, map_location="cpu", weights_only=True) if path else
+                       torch.hub.load_state_dict_from_url(INCEPTION, map_location="cpu", check_hash=True,
+                                                          weights_only=True))
+            network = FidInception(weights).to(device, memory_format=layout)
     except Exception as error:                      # whatever its reader stumbles over
         if path:
             sys.exit(f"{path}: cannot be loaded ({first_line(error)}); {wanted}")
@@ -2196,24 +2186,17 @@ class Judge:
         """Features [N, D] of uint8 images [N, C, H, W], on the device."""
         return extract(self.network, images, self.device)[0].to(self.device)
 
-    def score(self, images, resampled=0, resamplings=10, run=None):
+    def score(self, images, resampled=0, resamplings=10):
         """Scores of uint8 images [N, C, H, W] as a dict.
 
         fd: Frechet distance, FID if the network is FID's. kid, kid_std: KID, its std over subsets. isc,
         isc_std: Inception score, its std over splits, where the network has logits. features: the network's
         name; accuracy: its own, if it is known. samples: N. reference: the judge's name. Of resampled images
         or more, if not 0: fd_bootstrap, fd_bootstrap_std, bootstrap_frechet_distance of the first so many,
-        and bootstrap_samples, how many.
-        Where the network fails RuntimeError, or with the name of a run nothing but a line that says so.
+        and bootstrap_samples, how many. Raises RuntimeError where the network fails.
         """
         device = self.device
-        try:
-            found, logits = extract(self.network, images, device)
-        except RuntimeError as error:
-            if run is None:
-                raise
-            print(f"{run}: not scored: {error}")
-            return {}
+        found, logits = extract(self.network, images, device)
         scores = dict(fd=frechet_distance(gaussian_fit(found, device), self.fit))
         scores["kid"], scores["kid_std"] = kid(found, self.features, device=device)
         if logits is not None:
@@ -2262,7 +2245,7 @@ def score_files(images, reference, features=None, device=None):
 def setup(device):
     """The torch.device that --device names, None: cuda where there is one; exits with a message if it fails.
 
-    Says the precision out loud: TF32 in convolutions, full float32 in matrix products, so in Gram matrices.
+    Sets the precision: TF32 in convolutions, full float32 in matrix products, so in Gram matrices.
     """
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -2270,6 +2253,8 @@ def setup(device):
         torch.zeros(1, device=device)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"a device of type {device.type}")
+        if device.index is not None:
+            torch.cuda.set_device(device)       # streams, and so captures, are those of this one
     except (RuntimeError, AssertionError) as error:
         sys.exit(f"--device {name}: PyTorch {torch.__version__} cannot use it ({first_line(error)})\n"
                  "expected cpu, or cuda on a machine with a CUDA GPU")
@@ -2345,13 +2330,8 @@ def together(collective, *args):
         raise
 
 
-def barrier():
-    """Wait until all processes are here."""
-    together("barrier")
-
-
 def averaged(*tensors):
-    """The means of tensors of one type over all processes, by one collective; without others themselves.
+    """The means of tensors of one type over all processes, by one collective; of one process as they are.
 
     On GPUs NCCL's, which can be captured in a CUDA graph as any kernel can.
     """
@@ -2383,28 +2363,18 @@ def first_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
-def adam(network, lr, betas):
-    """torch.optim.Adam; on a GPU fit for a CUDA graph, its rate a tensor that is changed by fill_ only."""
-    lr, cuda = rate(network, lr)
-    return torch.optim.Adam(network.parameters(), lr, betas, fused=cuda, capturable=cuda)
+def optimizer(network, adam=None, rmsprop=None):
+    """torch.optim.Adam of (rate, beta_1, beta_2) or RMSprop of a rate, whichever a row of METHODS names.
 
-
-def rmsprop(network, lr):
-    """torch.optim.RMSprop; on a GPU fit for a CUDA graph, its rate a tensor that is changed by fill_ only."""
-    lr, cuda = rate(network, lr)
-    return torch.optim.RMSprop(network.parameters(), lr, capturable=cuda)
-
-
-def optimizer(network, adam_of=None, rmsprop_of=None):
-    """adam() of (rate, beta_1, beta_2) or rmsprop() of a rate, whichever a row of METHODS names."""
-    return rmsprop(network, rmsprop_of) if adam_of is None else adam(network, adam_of[0], adam_of[1:])
-
-
-def rate(network, lr):
-    """A learning rate as its optimizer takes it, and whether the network is on a GPU."""
+    On a GPU fit for a CUDA graph, its rate a tensor that is changed by fill_ only.
+    """
     device = next(network.parameters()).device
     cuda = device.type == "cuda"
-    return torch.tensor(lr, device=device) if cuda else lr, cuda
+    lr, *betas = adam or (rmsprop,)
+    lr = torch.tensor(lr, device=device) if cuda else lr
+    if adam:
+        return torch.optim.Adam(network.parameters(), lr, tuple(betas), fused=cuda, capturable=cuda)
+    return torch.optim.RMSprop(network.parameters(), lr, capturable=cuda)
 
 
 class Scorer:
@@ -2420,8 +2390,11 @@ class Scorer:
     def score(self, n):
         """The scores of n samples as Judge.score has them; none without a judge, or if its network fails."""
         if self.judge:
-            images = self.sampler.draw(n)
-            self.last = self.judge.score(images, self.resampled, self.resamplings, run=self.folder)
+            images, self.last = self.sampler.draw(n), {}
+            try:
+                self.last = self.judge.score(images, self.resampled, self.resamplings)
+            except RuntimeError as error:
+                print(f"{self.folder}: not scored: {error}")
         return self.last
 
     def keep(self, n, written=None):
@@ -2675,7 +2648,7 @@ def open_runs(out, script, namespace, methods, seeds, resume, device, figure=Non
     given = constants(namespace)
     show(**given, **machine(device))
     sources = {os.path.basename(path): open(path, "rb").read() for path in (script, __file__)}
-    runs = []
+    runs = []                           # read before their folder, if they stand in one, is put aside
     start = f"{out}/{os.path.basename(script).removesuffix('.py')}"
     groups = [list(range(seeds))] if figure else range(seeds)
     for method, seed in itertools.product(dict.fromkeys(methods), groups):
@@ -2698,7 +2671,7 @@ def open_runs(out, script, namespace, methods, seeds, resume, device, figure=Non
         for name, text in sources.items():
             with replacing(f"{folder}/{name}") as file:
                 file.write(text)
-    barrier()
+    together("barrier")
     return runs
 
 
@@ -2809,12 +2782,12 @@ class Log:
             if mean is not None and not math.isfinite(mean):
                 raise FloatingPointError(f"diverged at update {step:,}: {name} is {mean}")
         found = readings()
-        readings = [found.get(name) for name in self.readings]
+        read = [found.get(name) for name in self.readings]
         with open(os.devnull if ranks()[0] else self.path, "a") as file:
-            values = ["" if value is None else repr(value) for value in [*means, *readings]]
+            values = ["" if value is None else repr(value) for value in [*means, *read]]
             file.write(",".join([str(step), *values, f"{self.seconds:.2f}"]) + "\n")
         if shown:
-            values = [*self.means(self.unshown), *readings]
+            values = [*self.means(self.unshown), *read]
             cells = [f"{'-' if value is None else format(value, '.4g'):>11}" for value in values]
             rate = (step - self.shown[0]) / (now - self.shown[1])
             minutes, left = divmod(round((self.steps - step) / rate), 60)
@@ -2973,7 +2946,9 @@ def ended(runs, results, command):
 
 def command(script, argv):
     """The command line of a script as a user types it; argv as main() got it."""
-    return shlex.join(["python", os.path.basename(script), *(sys.argv[1:] if argv is None else argv)])
+    number = ranks()[1]
+    start = ["python"] if number == 1 else ["torchrun", f"--nproc-per-node={number}"]
+    return shlex.join([*start, os.path.basename(script), *(sys.argv[1:] if argv is None else argv)])
 
 
 def machine(device):
@@ -2998,7 +2973,7 @@ def table(head, rows):
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in lines)
 
 
-def spread(values, digits=1):
+def mean_std(values, digits=1):
     """Mean ± standard deviation of values over seeds as text; the value of one, - of none."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}" if values else "-"
@@ -3012,21 +2987,15 @@ def spread(values, digits=1):
 
 def save_grid(path, images, columns=16):
     """Write images, uint8 [N, C, H, W], as one PNG with so many in a row."""
-    grid = torchvision.utils.make_grid(images.cpu(), columns, padding=1)
     with replacing(path) as file:
-        to_pil_image(grid).save(file, "PNG")
+        torchvision.utils.save_image(images.cpu() / 255, file, "PNG", nrow=columns, padding=1)
 
 
 def save_figure(path, figure):
-    """Write a matplotlib figure as a PNG."""
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-
-
-def keep_figure(path, figure):
     """Write a matplotlib figure as a PNG into a folder that is made if need be, and print its path."""
     make_folder(os.path.dirname(path))
-    save_figure(path, figure)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=110)
     print(path)
 
 
@@ -3186,7 +3155,7 @@ def score_table(runs, results, methods):
         finished = "; ".join([f"{len(done)} of {len(own)}", *failed])
         cells = [method, f"{done[0]['updates']:,}" if done else "-", finished]
         for key, scale, digits in (("isc", 1, 2), ("fd", 1, 1), ("kid", 1_000, 1), ("fd_bootstrap", 1, 1)):
-            cells.append(spread([scale * result[key] for result in done if key in result], digits))
+            cells.append(mean_std([scale * result[key] for result in done if key in result], digits))
         alone = [[result[key] for result in done if result.get(key)] for key in ("milliseconds", "MiB")]
         cells += [f"{np.mean(own):.{digits}f}" if own else "-" for own, digits in zip(alone, (2, 0))]
         rows.append([*cells, methods[method].get("paper", "-")])

@@ -55,7 +55,7 @@ def networks(row):
     return common.image_networks(row["nets"], row, 3, SIZE)
 
 
-def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES, judge=None):
+def train(method, seed, folder, settings, steps, device, images, samples=FINAL, judge=None):
     """One run: a generator function that yields after each generator update and returns the run's result.
 
     images: of the GPU, or of a map, see common.on_device; samples: how many to score at the end, by
@@ -75,8 +75,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     batches = common.Batches(images, batch, seed, device)
     scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
     log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
-    state = dict(g=g, opt_g=opt_g, game=game, sampler=sampler, rng=rng, batches=batches, log=log)
-    state |= dict(opt_f=opt_f)
+    state = dict(g=g, opt_g=opt_g, game=game, opt_f=opt_f, sampler=sampler, rng=rng, batches=batches, log=log)
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
 
     def draw():
@@ -171,7 +170,7 @@ def main(argv=None):
                                  lambda run: train(*run, args.steps, device, images, FINAL, judge))
     if first:
         curves = [(name, "update") for name in ("fd", "kid", "loss_g", "spread")]
-        common.keep_figure(f"{args.out}/imagenet-curves.png", common.curves_figure(finished, curves))
+        common.save_figure(f"{args.out}/imagenet-curves.png", common.curves_figure(finished, curves))
 
 
 if __name__ == "__main__":

@@ -131,8 +131,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
 
     def draw(n):
-        x = common.draw_images(images, n, rng)
-        return (x + 1) / 2 if "unit" in nets else x, g(sampler.noise(n, rng))
+        return (common.draw_images(images, n, rng) + 1) / 2, g(sampler.noise(n, rng))
 
     def ascend():
         x, y = draw(ENCODE_BATCH if "encode" in row else batch)
@@ -246,15 +245,15 @@ def main(argv=None):
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
     for (method, _, folder, _), result in finished:
         if METHODS[method]["distance"] == "gram":
-            common.keep_figure(f"{folder}/figure8.png", figure_8(folder, result))
+            common.save_figure(f"{folder}/figure8.png", figure_8(folder, result))
     if args.table:
         own = judge.score(images[:samples])     # the paper has the test images' own: 9.78, 4.305, .003
         found = (f"{key} {own[key]:.4g}" for key in ("isc", "fd", "kid", "kid_std") if key in own)
         print("the training images, scored likewise:", ", ".join(found))
-    common.keep_figure(f"{args.out}/mnist-curves.png", common.curves_figure(finished, CURVES["all"]))
+    common.save_figure(f"{args.out}/mnist-curves.png", common.curves_figure(finished, CURVES["all"]))
     if args.figure:
         picture = common.curves_figure(finished, CURVES[args.figure])
-        common.keep_figure(f"{args.out}/mnist-figure{args.figure}.png", picture)
+        common.save_figure(f"{args.out}/mnist-figure{args.figure}.png", picture)
 
 
 if __name__ == "__main__":

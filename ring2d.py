@@ -311,8 +311,8 @@ def figure_gamn(folders, results):
         rows.append([result["method"]])
         for name in GAMN_SETS:
             own = [member for member in result["members"] if member["data"] == name]
-            rows[-1] += [common.spread([m["mmd"] for m in own if m["mmd"] is not None], 4),
-                         common.spread([m["share"] for m in own], 2)]
+            rows[-1] += [common.mean_std([m["mmd"] for m in own if m["mmd"] is not None], 4),
+                         common.mean_std([m["share"] for m in own], 2)]
         rows[-1].append(" ".join(f"{value:.3f}" for value in GAMN_PAPER.get(result["method"], ())) or "-")
     floor, rng = ["two samples of the data"], torch.Generator().manual_seed(0)
     for name in GAMN_SETS:
@@ -462,12 +462,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = f"{args.out}/ring2d-figure{args.figure}"
     if args.figure in ("dirac", "gaussians"):
-        common.make_folder(args.out)
         drawn = {"": figure_dirac} if args.figure == "dirac" else {"4": figure_4, "5": figure_5}
         for name, draw in drawn.items():
             picture, text = draw()
+            print(text)
             common.save_figure(f"{out}{name}.png", picture)
-            print(f"{text}\n{out}{name}.png")
         return
 
     device = common.setup(args.device)
@@ -489,7 +488,7 @@ def main(argv=None):
         done.append((folder, result))
         if not stacked:
             figure_1(folder, method, result)
-            print(f"{folder}/figure1.png\n{result['members'][0]['modes']} of {MODES} modes, "
+            print(f"{result['members'][0]['modes']} of {MODES} modes, "
                   f"{result['members'][0]['share']:.3f} of {POINTS:,} samples within 3 std of a mode")
     if not done:
         sys.exit("no run finished")

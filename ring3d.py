@@ -180,7 +180,7 @@ def main(argv=None):
 
     for (method, _, folder, _), result in common.ended(runs, results, common.command(__file__, argv)):
         figure(folder, method, result)
-        print(f"{folder}/figure.png: {result['modes']} of {MODES} modes, "
+        print(f"{folder}: {result['modes']} of {MODES} modes, "
               f"{result['share']:.3f} of {POINTS:,} samples within {3 * STD:.1f} of a mode")
     if all(isinstance(result, FloatingPointError) for result in results):
         sys.exit("no run finished")

@@ -360,7 +360,7 @@ def test_a_trained_stack_equals_its_members_trained_alone():
         return common.gram_objective(*K, "mean", 0.1, 1.0)[0], common.mmd2(*K)
 
     def train(g, f, z, x):
-        opt_g, opt_f = common.adam(g, 1e-3, (0.5, 0.9)), common.adam(f, 1e-3, (0.5, 0.9))
+        opt_g, opt_f = common.optimizer(g, (1e-3, 0.5, 0.9)), common.optimizer(f, (1e-3, 0.5, 0.9))
         for z_t, x_t in zip(z, x):
             objective, loss_g = losses(f(x_t), f(g(z_t)))
             common.descend((opt_f, -objective), (opt_g, loss_g))

@@ -106,7 +106,9 @@ def test_two_processes_train_one_run(folder):
         assert not torch.equal(a["rng",], b["rng",]) and not torch.equal(a["x",], b["x",])
         assert a["batches", "taken"] == 16
     assert float(a["game", "multiplier"]) == pytest.approx(8 * 1e-6 * -0.5, rel=1e-3)
-    assert json.load(open(f"whole/{RUN}/result.json"))["samples"] == 25
+    result = json.load(open(f"whole/{RUN}/result.json"))
+    assert result["samples"] == 25
+    assert result["command"].startswith("torchrun --nproc-per-node=2 celeba.py --device cpu ")
     log = common.read_log(f"whole/{RUN}")       # the third model fails, and the window has to fill anew
     assert np.isfinite(log["p"]).tolist() == [False, False, True, False]
     assert log["lr_g"] == pytest.approx([1e-4, 1e-4, 8e-5, 8e-5])

@@ -254,6 +254,35 @@ def test_kill_9_while_the_array_is_built(celeba):
     assert sorted(os.listdir("data")) == ["celeba", "celeba178-train.json", "celeba178-train.npy"]
 
 
+class Full(io.FileIO):
+    """A file on a disk that has room for two images and a half."""
+    room = int(2.5 * 3 * 178 ** 2)
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        n = super().write(memoryview(data).cast("B")[:self.room])
+        self.room -= n
+        return n
+
+
+def test_a_full_disk_leaves_no_image_half_written(celeba, monkeypatch):
+    """A raw file writes what fits and says nothing."""
+    def on_full(path, mode="r", buffering=-1, **how):
+        if mode != "r+b" or not path.endswith(".npy.tmp"):
+            return open(path, mode, buffering, **how)
+        raw = Full(path, mode)
+        return io.BufferedRandom(raw) if buffering else raw
+    monkeypatch.setattr(common, "CHUNK", 1)
+    monkeypatch.setattr(common.os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    with monkeypatch.context() as patch, says("celeba178-train.npy", "ended with [1]", "2 of 7 images"):
+        patch.setattr(common, "open", on_full, raising=False)
+        load()
+    [images] = load()
+    for found, number in zip(images.numpy(), range(1, 8)):
+        assert np.array_equal(found, common.central_square(celeba / f"{number:06d}.jpg", 178))
+
+
 def test_a_half_built_array_of_other_files_is_begun_anew(celeba, monkeypatch):
     monkeypatch.setattr(common, "build_rows", lambda *args: os._exit(3))
     with says("celeba178-train.npy", "ended with [3]", "0 of 7 images", "the same command goes on"):

@@ -127,7 +127,7 @@ def test_timing_leaves_no_trace(method, tmp_path, monkeypatch):
 def test_learning_rate_changes_without_a_new_capture():
     """The rate is a tensor: filling it with 0 stops the weights of a captured update."""
     network = common.mlp(4, 8, 1).to("cuda")
-    optimizer, rng = common.adam(network, 1e-2, (0.5, 0.9)), torch.Generator("cuda").manual_seed(0)
+    optimizer, rng = common.optimizer(network, (1e-2, 0.5, 0.9)), torch.Generator("cuda").manual_seed(0)
 
     def update():
         common.descend((optimizer, network(common.normal_noise(16, 4, rng)).square().mean()))
@@ -149,7 +149,7 @@ def test_learning_rate_changes_without_a_new_capture():
 
 def test_a_loaded_learning_rate_is_on_the_gpu(tmp_path):
     network = common.mlp(4, 8, 1).to("cuda")
-    state = dict(network=network, optimizer=common.adam(network, 1e-2, (0.5, 0.9)))
+    state = dict(network=network, optimizer=common.optimizer(network, (1e-2, 0.5, 0.9)))
     common.save(tmp_path, 1, state, {})
     assert common.load(tmp_path, state, {}) == 1
     assert state["optimizer"].param_groups[0]["lr"].is_cuda

@@ -20,7 +20,7 @@ def rng(seed=0):
 def small_run():
     torch.manual_seed(0)
     network, generator = common.mlp(4, 8, 1), rng()
-    optimizer = common.adam(network, 1e-2, (0.5, 0.9))
+    optimizer = common.optimizer(network, (1e-2, 0.5, 0.9))
 
     def update():
         common.descend((optimizer, network(common.normal_noise(16, 4, generator)).square().mean()))
@@ -241,5 +241,5 @@ def test_devices():
 def test_tables_and_spreads():
     lines = common.table(["a", "long"], [["xyz", "1"]]).splitlines()
     assert lines == ["| a   | long |", "| --- | ---- |", "| xyz | 1    |"]
-    assert common.spread([]) == "-" and common.spread([2.04]) == "2.0"
-    assert common.spread([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+    assert common.mean_std([]) == "-" and common.mean_std([2.04]) == "2.0"
+    assert common.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0"

@@ -292,7 +292,7 @@ def test_scores_and_their_names(capsys):
         assert (result["features"], result["samples"], result["reference"]) == ("tiny", 20, against)
     assert printed.count(f"tiny; 20 samples against {against}") == 1
     row = next(line for line in printed.splitlines() if line.startswith("| gram "))
-    assert "2 of 2" in row and all(common.spread([result[key] for result in results], digits) in row
+    assert "2 of 2" in row and all(common.mean_std([result[key] for result in results], digits) in row
                                    for key, digits in (("fd", 1), ("fd_bootstrap", 1), ("isc", 2)))
     assert printed.split("mean ± std over seeds")[1].count("FID") == 1     # the paper's
 
@@ -584,7 +584,8 @@ def test_every_row_of_ring3d(capsys):
     printed = capsys.readouterr().out
     for method in ring3d.METHODS:
         folder = f"runs/ring3d-{method}-s0"
-        assert f"{folder}/figure.png: " in printed and os.path.getsize(f"{folder}/figure.png") > 20_000
+        assert f"{folder}/figure.png\n{folder}: " in printed
+        assert os.path.getsize(f"{folder}/figure.png") > 20_000
         assert {f"points-{step}.npz" for step in (0, 2)} <= set(os.listdir(folder)) or method == "mmdgan"
         points = np.load(f"{folder}/points-2.npz")
         assert points["y"].shape == (1000, 3) and ("f_x" in points) == (method != "mmdnet")
