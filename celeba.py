@@ -21,7 +21,7 @@ import common
 STEPS = 150_000             # Demystifying MMD GANs, Scaled MMD; GRAM and GAMN do not say
 BATCH = 64                  # of data and of samples, in all papers, on each GPU
 SIGMA = (1, 2, 4, 8, 16)    # bandwidths of Li et al. 2017, as GRAM's section 4 says; GRAMFlow: their squares
-RBF = (2, 5, 10, 20, 40, 80)            # GAMN's, GMMN's code: their squares; as in cifar.py
+RBF = (2, 5, 10, 20, 40, 80)            # as variances GMMN's, and so GAMN's, "gmmn"
 ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its code has 0.1, 1, 10
 LAMBDA = 1.0                # GRAM, eq. 9
 BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # MMD-GAN's critic steps: at updates 1 to 25, every 500th
@@ -103,7 +103,7 @@ METHODS |= {
     "lsun-mmd-dist": dict(FAR, **BED, activation=1e-4, paper="2.79, 35.28, .032"),             # footnote 19
     "lsun-cramer":  dict(METHODS["cramer"], **BED, paper="3.44, 54.18, .050"),
     "lsun-wgan-gp": dict(METHODS["wgan-gp"], **BED, paper="3.12, 41.39, .039"),
-    "lsun-gamn":    dict(BED | dict(nets="gamn"), **TEN, distance="mmd", kernel="rbf", critic=10, steps=5,
+    "lsun-gamn":    dict(BED | dict(nets="gamn"), **TEN, distance="mmd", kernel="gmmn", critic=10, steps=5,
                          adam=(1e-4, 0.5, 0.9)),                                            # Figure 4
     "lsun-wgan":    dict(BED | dict(nets="wgan"), distance="wasserstein", critic=1, steps=5, rmsprop=5e-5,
                          clip=0.01),

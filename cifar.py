@@ -17,19 +17,19 @@ from torch.nn.utils import parametrize
 
 import common
 
-STEPS = 60_000              # GRAM's paper does not say, GRAMFlow has 156,000; all others 150,000
+STEPS = 60_000              # GRAM's and GAMN's do not say, GRAMFlow has 156,000; the other papers 150,000
 BATCH = 64                  # of data and of samples, in all papers; a row may have its own
-SIGMA = (1, 2, 4, 8, 16)    # bandwidths of Li et al. 2017, as GRAM's section 4 says; GRAMFlow: their squares
-RBF = (2, 5, 10, 20, 40, 80)            # Demystifying MMD GANs, section 5; GMMN's code: their squares
+SIGMA = (1, 2, 4, 8, 16)    # bandwidths of Li et al. 2017, GRAM, section 4; for GRAMFlow they are variances
+RBF = (2, 5, 10, 20, 40, 80)            # Demystifying MMD GANs, section 5; as variances GMMN's, "gmmn"
 ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its code has 0.1, 1, 10
 LAMBDA = 1.0                # GRAM, eq. 9
 BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # MMD-GAN's critic steps: at updates 1 to 25, every 500th
 ENCODE = 20_000             # steps of GMMN+AE's autoencoder, all at first; ours, the paper's go by layers
 AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
                             # t^3; the average, mirrored data, the data's contrast are ours: see README.md
-ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt by so many samples: Demystifying MMD GANs,
-ADAPT = (10, 3, 0.1, 1e-6)              # section 5; window, patience, level and floor: its code's scorer.py
-SAMPLES = 10_000            # to keep and to score, but for --table
+ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt, and samples for it; window, patience, level,
+ADAPT = (10, 3, 0.1, 1e-6)              # floor: Demystifying MMD GANs, section 5, and its code's scorer.py
+SAMPLES = 10_000            # to keep and to score, except with --table
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
 GRID_EVERY = 20_000         # and, with --features, scores; a row may have its own
@@ -47,6 +47,7 @@ NETS = {
     "dcgan16": dict(g=(512, 256, 128, 64), f=(16, 32, 64, 128), kernel=5, norms=("none",), **UNIT),
     "gamn":    dict(g=(512, 256, 128), f=(128, 256, 512), kernel=5, norms=("none", "layer"), noise="normal"),
     "wgan":    dict(g=(512, 256, 128), f=(128, 256, 512), kernel=5, norms=("none", "batch"), noise="normal"),
+    "wgan-gp": dict(g=(512, 256, 128), f=(128, 256, 512), kernel=5, noise="normal"),
     "sngan":   dict(width=64, unit=True),
     "gmmn":    dict(mlp=(64, 256, 256, 1024, 3072), z=10, unit=True),
     "gmmn-ae": dict(mlp=(64, 256, 256, 1024, 32), encoder=(3072, 1024, 32), z=10, unit=True),
@@ -55,9 +56,10 @@ NETS = {
 # distance and the weights of its terms: common.Game says, but for gram. critic: its outputs, 0 for no critic.
 # steps: of the critic to one of the generator; gram moves both at once. adam: rate, betas; adam_g: those of
 # the generator, if others; rmsprop: rate. clip: bound of the critic's weights. spectral: its gains. decay: of
-# rates that adapt to KID. every: see GRID_EVERY. paper: Inception score, FID, KID of its table.
+# rates that adapt to KID. every: see GRID_EVERY. paper: Inception score (GRAM's: mean of Table 8), FID, KID.
 # README.md says how rates and ridges of gram were found; 16, 8, the bound and the burst are OctoberChang/
-# MMD-GAN's, GAMN's weights ours, scale is that of Scaled MMD, section 4.
+# MMD-GAN's; GAMN names no weights, rates or steps: they are WGAN-GP's or ours; scale is that of Scaled MMD,
+# section 4. WGAN-GP has a row on the networks of each paper that compares with it.
 GRAM = dict(nets="gram", distance="gram", kernel="li", critic=128, steps=0, adam=(4e-4, 0.5, 0.999))
 PRINTED = dict(GRAM, ridge=1e-3, adam=(5e-5, 0.5, 0.999))      # the paper's rate, JuliaGRAM's ridge
 GAN = dict(nets="gram", distance="gan", critic=1, steps=1, adam=(2e-4, 0.5, 0.999))
@@ -66,8 +68,8 @@ FULL = dict(LI, autoencoder=8.0, feasible=16.0)
 MMD = dict(nets="dcgan", distance="mmd2", critic=16, steps=5, adam=(1e-4, 0.5, 0.9), decay=0.5)
 ONE, TEN = dict(penalty=("gradient", 1.0)), dict(penalty=("gradient", 10.0))
 FAR = dict(MMD, **TEN, kernel="distance", critic=256)
-GAMN = dict(nets="gamn", distance="mmd", kernel="rbf", critic=10, steps=5, adam=(1e-4, 0.5, 0.9))
-GMMN = dict(nets="gmmn", distance="mmd", kernel="rbf", critic=0, steps=0, adam=(1e-3, 0.5, 0.999),
+GAMN = dict(nets="gamn", distance="mmd", kernel="gmmn", critic=10, steps=5, adam=(1e-4, 0.5, 0.9))
+GMMN = dict(nets="gmmn", distance="mmd", kernel="gmmn", critic=0, steps=0, adam=(1e-3, 0.5, 0.999),
             batch=1_000)        # its code has momentum; rate and Adam are ours
 SCALED = dict(MMD, nets="sngan", kernel="unit", critic=1, decay=0.8, scale=10.0)
 SN, LEARNED, OFTEN = dict(SCALED, spectral="fixed"), dict(SCALED, spectral="learned"), dict(every=2_000)
@@ -95,7 +97,7 @@ METHODS = {
     "mmd-dist":     dict(FAR, activation=1e-4, paper="6.39, 40.25, .028"),              # footnote 19
     "cramer":       dict(FAR, distance="cramer", paper="6.39, 40.27, .028"),
     "wgan-gp":      dict(MMD, **TEN, **OFTEN, critic=1, distance="wasserstein",
-                         paper="6.53, 37.52, .026; Scaled MMD 6.68, 40.2, .024; GAMN 6.16"),
+                         paper="6.53, 37.52, .026"),
     "gamn":         dict(GAMN, **TEN, **OFTEN, paper="6.44"),                           # eq. 7
     "gamn-2":       dict(GAMN, **TEN, critic=2, paper="6.43"),                          # Table 3
     "gamn-3":       dict(GAMN, **TEN, critic=3, paper="6.43"),
@@ -103,6 +105,7 @@ METHODS = {
     "gamn-l1":      dict(GAMN, penalty=("l1", 1e-3), paper="6.35"),                     # eq. 9
     "gamn-l2":      dict(GAMN, penalty=("l2", 1e-3), paper="6.25"),                     # eq. 8
     "gamn-classical-l2": dict(GAMN, penalty=("l2-all", 1e-3), paper="6.01"),            # footnote 3
+    "gamn-wgan-gp": dict(GAMN, **TEN, nets="wgan-gp", distance="wasserstein", critic=1, paper="6.16"),
     "gmmn":         dict(GMMN, paper="2.45"),
     "gmmn-ae":      dict(GMMN, nets="gmmn-ae", kernel="unit", encode=True, paper="2.78"),
     "wgan":         dict(nets="wgan", distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, clip=0.01,
@@ -113,6 +116,7 @@ METHODS = {
     "sn-swgan":     dict(LEARNED, distance="swgan", paper="7.34, 27.9, .016"),
     "sn-gan":       dict(SN, distance="gan", paper="7.29, 26.1, .015"),
     "sobolev":      dict(SCALED, distance="sobolev", rho=1e-6, paper="3.21, 132.2, .113"),      # rho is ours
+    "sngan-wgan-gp": dict(SCALED, **TEN, distance="wasserstein", paper="6.68, 40.2, .024"),
     "mmd-gp-l2":    dict(SCALED, **ONE, activation=1.0, paper="7.55, 23.6, .014"),
     "mmd-plain":    dict(SCALED, paper="7.01, 30.9, .02"),                              # Table 2
     "sn-mmd":       dict(SN, paper="5.23, 69.0, .046"),
@@ -144,11 +148,11 @@ METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METH
 TABLES = {
     "gram": (10_000, "mmdgan gan gram mmdgan-weak gan-weak gram-weak mmdgan-conv mmdgan-noae mmdgan-nofsr "
                      "mmdgan-plain mmdgan-300 mmdgan-noae-300 mmdgan-nofsr-300 mmdgan-plain-300"),
-    "demystifying": (25_000, "mmd-rqdot-16 mmd-rqdot cramer mmd-dist-16 mmd-dist cramer-16 wgan-gp-16 "
+    "demystifying": (25_000, "mmd-rqdot-16 mmd-rqdot mmd-dist-16 mmd-dist cramer-16 cramer wgan-gp-16 "
                              "wgan-gp"),
-    "gamn": (50_000, "gmmn gmmn-ae wgan wgan-gp gamn gamn-2 gamn-3 gamn-l1 gamn-l2 gamn-classical-l2"),
-    "scaled": (50_000, "mmd-gp-l2 wgan-gp sn-gan sobolev smmd sn-smmd sn-swgan mmd-plain sn-mmd sn-wgan "
-                       "sn-mmd-gp sn-wgan-gp sn-mmd-gp-l2 sn-mmd-l2"),
+    "gamn": (50_000, "gmmn gmmn-ae wgan gamn-wgan-gp gamn gamn-2 gamn-3 gamn-l1 gamn-l2 gamn-classical-l2"),
+    "scaled": (50_000, "mmd-gp-l2 sngan-wgan-gp sn-gan sobolev smmd sn-smmd sn-swgan mmd-plain sn-mmd "
+                       "sn-wgan sn-mmd-gp sn-wgan-gp sn-mmd-gp-l2 sn-mmd-l2"),
 }
 FIGURES = {name: dict(method=[row for own in panels.values() for row in own], steps=20_000)
            for name, panels in SWEEPS.items()}

@@ -24,7 +24,7 @@ Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for M
     cramer, cramer_witness                                       Demystifying MMD GANs, eq. 10, 9
     gradient_penalty                                             Gulrajani et al. 2017, eq. 3; GAMN, eq. 7
     activation_penalty   of all the critic's layers              Demystifying MMD GANs, footnote 19
-    l1, l2           on norm_weights or on all weights           GAMN, eq. 8, 9
+    l1, l2           on norm_weights or on all weights           GAMN, eq. 9, 8
     smmd2, smmd2_section_4, swgan                                Scaled MMD, Proposition 5; section 4
     spectral         W = gamma W / |W|                           Scaled MMD, section 3.2
     sobolev          the Sobolev GAN's critic                    Mroueh et al. 2018, Algorithm 1
@@ -34,7 +34,8 @@ Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for M
     similarity, relative_similarity   the three-sample test      Bounliphone et al. 2016
 
 In four sentences. A kernel compares two sets of points through the Gram matrices of all their pairs: the
-squared MMD is the mean of K_xx plus the mean of K_yy minus twice the mean of K_xy, zero if and only if p = q.
+squared MMD is the mean of K_xx plus the mean of K_yy minus twice the mean of K_xy; with a Gaussian kernel and
+all of p and q it is zero if and only if p = q.
 In the space of images no fixed kernel sees enough, so a critic f maps them to R^K first. An adversarial
 critic maximises the very MMD that the generator minimises, which is a saddle point. GRAM's critic maximises
 another quantity, the divergence between p and q that the density ratio in its space shows, so that matching
@@ -179,7 +180,7 @@ def gram(kernel, x, y):
     """
     both, sizes = torch.cat([x, y], -2), [x.shape[-2], y.shape[-2]]
     both = both - origin(both)
-    rows_x, rows_y = kernel(both, both).split(sizes, -2)        # split, not slices: fewer kernels backwards
+    rows_x, rows_y = kernel(both, both).split(sizes, -2)        # split, not slices: fewer launches backwards
     K_xx, K_xy = rows_x.split(sizes, -1)
     _, K_yy = rows_y.split(sizes, -1)
     return K_xx, K_xy, K_yy
@@ -2221,7 +2222,7 @@ def open_judge(features, reference, device, needed=None, side=None):
         network = features if callable(features) else load_features(features, device)
     except OSError as error:
         if needed:
-            sys.exit(f"{needed} needs a feature network. {error}")
+            sys.exit(f"{needed} needs a feature network, to score or to adapt its rates by. {error}")
         print(error)
         return None
     kept = reference_statistics(reference, network, device, side)
@@ -2905,7 +2906,8 @@ def train_runs(script, namespace, args, argv, device, begin):
     for run, result in finished:
         print(f"{run[2]}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(run[2])))}")
     if not all("fd" in result for _, result in finished):
-        print(f"to score the samples: {typed}{'' if args.resume else ' --resume'}")
+        print(f"to score the samples: {typed}{'' if args.resume else ' --resume'}"
+              f"{'' if args.features else ' --features FILE'}")
     print(f"\n{score_table(runs, results, namespace['METHODS'])}\n")
     if not finished:
         sys.exit("no run finished")
@@ -3162,7 +3164,7 @@ def score_table(runs, results, methods):
     scored = next((result for result in results if isinstance(result, dict) and "features" in result), None)
     fid = scored and scored["features"] == FID_NAME
     head = ["method", "updates", "seeds finished", "Inception score" if fid else "score of its logits",
-            "FID" if fid else "Fréchet distance", "1,000 KID", "bootstrap, biased upward",
+            "FID" if fid else "Fréchet distance", "KID×1,000", "bootstrap, biased upward",
             "ms an update alone", "MiB", "the paper: Inception score, FID, KID"]
     what = "not scored"
     if scored:

@@ -158,7 +158,7 @@ def tf32(device, path, data):
             judge = common.Judge(features, common.extract(features, test, device)[0], "test images", device)
             found.append([judge.score(images) for images in sets.values()])
     print(f"{', '.join(common.machine(device).values())}, {features.name}")
-    print(common.table(["disturbance", "fd", "in TF32", "1,000 KID", "in TF32"], [
+    print(common.table(["disturbance", "fd", "in TF32", "KID×1,000", "in TF32"], [
         [name, *(f"{scale * row[key]:.7g}" for key, scale in (("fd", 1), ("kid", 1e3)) for row in (a, b))]
         for name, a, b in zip(sets, *found)]))
 
