@@ -224,7 +224,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
         if row["steps"]:
             ascend = common.capture(ascend, state)
         speed = dict(milliseconds=common.milliseconds(lambda: cycle(row["steps"]), state, device),
-                     MiB=common.gpu_memory(device) - before)
+                     MiB=common.gpu_memory(device, before))
         batches.waited = 0.0
     log.start(step)
     while step < steps:

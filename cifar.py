@@ -258,7 +258,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         if row["steps"] or "encode" in row:
             ascend = common.capture(ascend, state)
         speed = dict(milliseconds=common.milliseconds(lambda: cycle(row["steps"]), state, device),
-                     MiB=common.gpu_memory(device) - before)
+                     MiB=common.gpu_memory(device, before))
     log.start(step)
     while step < steps:
         cycle(critic_steps(step))

@@ -2550,12 +2550,12 @@ def milliseconds(cycle, state, device, times=20):
         return 1e3 * (time.perf_counter() - began) / times
 
 
-def gpu_memory(device):
-    """MiB of a GPU's memory that are in use or held by CUDA graphs, 0 on a CPU."""
+def gpu_memory(device, before=0):
+    """MiB of a GPU's memory, less those before, that are in use or held by CUDA graphs; None on a CPU."""
     if device.type != "cuda":
-        return 0
+        return None
     torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved(device) / 2 ** 20
+    return torch.cuda.memory_reserved(device) / 2 ** 20 - before
 
 
 def interleave(runs):

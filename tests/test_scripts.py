@@ -104,6 +104,7 @@ def test_every_row_of_cifar(capsys):
         result = json.load(open(f"{folder}/result.json"))
         assert (result["method"], result["seed"], result["updates"]) == (method, 0, 4) and result["fd"] >= 0
         assert result["command"].startswith("python cifar.py --device cpu --method gram ")
+        assert result["milliseconds"] is result["MiB"] is None      # of a GPU alone
         assert f"| {method} " in printed
     *_, last, picture = (line for line in printed.splitlines() if line)
     assert last.startswith(f"| {ROWS[-1]} ") and picture == "runs/cifar-curves.png"
