@@ -223,8 +223,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
         update = common.capture(update, state)
         if row["steps"]:
             ascend = common.capture(ascend, state)
-        speed = dict(milliseconds=common.milliseconds(lambda: cycle(row["steps"]), state, device),
-                     MiB=common.gpu_memory(device, before))
+        speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
         batches.waited = 0.0
     log.start(step)
     while step < steps:
@@ -268,18 +267,12 @@ def main(argv=None):
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
     needed = f"--figure {args.figure}" if args.figure == "scores" else adaptive
     reference = f"{args.data}/{chosen['array']}-{'train' if test is None else 'test'}.npy"
-    first, judge = common.ranks()[0] == 0, None
-    if first:
+    judge = None
+    if common.ranks()[0] == 0:
         side = chosen["size"] if images.shape[-1] > chosen["size"] else None
         judge = common.open_judge(args.features, reference, device, needed, side)
-    finished = common.train_runs(__file__, globals(), args, argv, device,
-                                 lambda run: train(*run, args.steps, device, images, samples, judge))
-    if first:
-        common.save_figure(f"{args.out}/celeba-curves.png", common.curves_figure(finished, CURVES["all"]))
-    if first and args.figure:
-        picture = (common.singular_figure(finished) if args.figure == "singular" else
-                   common.curves_figure(finished, CURVES[args.figure]))
-        common.save_figure(f"{args.out}/celeba-figure{args.figure}.png", picture)
+    common.train_runs(__file__, globals(), args, argv, device,
+                      lambda run: train(*run, args.steps, device, images, samples, judge))
 
 
 if __name__ == "__main__":

@@ -37,14 +37,13 @@ SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been se
 
 # Widths of generator and critic, size of their filters, norms behind the critic's first convolution and the
 # others, noise; unit: pixels are in [0, 1] instead of [-1, 1]. common.dcgan_critic names the sources.
-USUAL = dict(z=128, noise="uniform", kernel=4, norms=("batch",))        # where a row does not say otherwise
-UNIT = dict(unit=True, z=100)
+USUAL = dict(z=128, noise="uniform", kernel=4, norms=("none",))         # where a row does not say otherwise
 NETS = {
-    "gram":    dict(g=(128, 64, 32), f=(32, 64, 128)),
-    "weak":    dict(g=(128, 64, 32), f=(32, 32, 64)),
+    "gram":    dict(g=(128, 64, 32), f=(32, 64, 128), norms=("batch",)),
+    "weak":    dict(g=(128, 64, 32), f=(32, 32, 64), norms=("batch",)),
     "li":      dict(g=(256, 128, 64), f=(64, 128, 256), norms=("none", "batch"), noise="normal"),
-    "dcgan":   dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512), kernel=5, norms=("none",), **UNIT),
-    "dcgan16": dict(g=(512, 256, 128, 64), f=(16, 32, 64, 128), kernel=5, norms=("none",), **UNIT),
+    "dcgan":   dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512), kernel=5, z=100, unit=True),
+    "dcgan16": dict(g=(512, 256, 128, 64), f=(16, 32, 64, 128), kernel=5, z=100, unit=True),
     "gamn":    dict(g=(512, 256, 128), f=(128, 256, 512), kernel=5, norms=("none", "layer"), noise="normal"),
     "wgan":    dict(g=(512, 256, 128), f=(128, 256, 512), kernel=5, norms=("none", "batch"), noise="normal"),
     "wgan-gp": dict(g=(512, 256, 128), f=(128, 256, 512), kernel=5, noise="normal"),
@@ -58,8 +57,7 @@ NETS = {
 # the generator, if others; rmsprop: rate. clip: bound of the critic's weights. spectral: its gains. decay: of
 # rates that adapt to KID. every: see GRID_EVERY. paper: Inception score (GRAM's: mean of Table 8), FID, KID.
 # README.md says how rates and ridges of gram were found; 16, 8, the bound and the burst are OctoberChang/
-# MMD-GAN's; GAMN names no weights, rates or steps: they are WGAN-GP's or ours; scale is that of Scaled MMD,
-# section 4. WGAN-GP has a row on the networks of each paper that compares with it.
+# MMD-GAN's; GAMN names no weights, rates or steps: they are WGAN-GP's or ours; scale: Scaled MMD, section 4.
 GRAM = dict(nets="gram", distance="gram", kernel="li", critic=128, steps=0, adam=(4e-4, 0.5, 0.999))
 PRINTED = dict(GRAM, ridge=1e-3, adam=(5e-5, 0.5, 0.999))      # the paper's rate, JuliaGRAM's ridge
 GAN = dict(nets="gram", distance="gan", critic=1, steps=1, adam=(2e-4, 0.5, 0.999))
@@ -89,15 +87,13 @@ METHODS = {
     "mmdgan-nofsr": dict(LI, autoencoder=8.0, paper="3.26"),
     "mmdgan-plain": dict(LI, paper="3.51"),
     "mmdgan-conv":  dict(FULL, nets="li", paper="-, 38.39 ± 0.28"),                     # Table 2
-    "mmd-rqdot":    dict(MMD, **ONE, **OFTEN, kernel="rq*", activation=1.0,                     # footnote 19
-                         paper="6.51, 39.90, .027"),
+    "mmd-rqdot":    dict(MMD, **ONE, **OFTEN, kernel="rq*", activation=1.0, paper="6.51, 39.90, .027"),
     "mmd-rq":       dict(MMD, **ONE, kernel="rq"),
     "mmd-rbf":      dict(MMD, **ONE, kernel="rbf"),
     "mmd-dot":      dict(MMD, **ONE, kernel="dot"),
-    "mmd-dist":     dict(FAR, activation=1e-4, paper="6.39, 40.25, .028"),              # footnote 19
+    "mmd-dist":     dict(FAR, activation=1e-4, paper="6.39, 40.25, .028"),              # both: footnote 19
     "cramer":       dict(FAR, distance="cramer", paper="6.39, 40.27, .028"),
-    "wgan-gp":      dict(MMD, **TEN, **OFTEN, critic=1, distance="wasserstein",
-                         paper="6.53, 37.52, .026"),
+    "wgan-gp":      dict(MMD, **TEN, **OFTEN, critic=1, distance="wasserstein", paper="6.53, 37.52, .026"),
     "gamn":         dict(GAMN, **TEN, **OFTEN, paper="6.44"),                           # eq. 7
     "gamn-2":       dict(GAMN, **TEN, critic=2, paper="6.43"),                          # Table 3
     "gamn-3":       dict(GAMN, **TEN, critic=3, paper="6.43"),
@@ -158,8 +154,7 @@ FIGURES = {name: dict(method=[row for own in panels.values() for row in own], st
            for name, panels in SWEEPS.items()}
 FIGURES |= {"scores": dict(method=["smmd", "sn-smmd", "mmd-rqdot-16", "wgan-gp-16"], steps=20_000),
             "singular": dict(method=["smmd", "sn-smmd"], steps=20_000),     # Scaled MMD, Figures 2b and 7
-            "gamn": dict(method=["gamn"]), "neighbours": dict(method=["gram"]),         # GRAM, Figure 4
-            "bias": {}, "noise": {}}
+            "gamn": dict(method=["gamn"]), "neighbours": dict(method=["gram"]), "bias": {}, "noise": {}}
 CURVES = {      # over updates, or seconds of a run alone: as Scaled MMD, Figures 2a and 8; GAMN, Figure 5
     "all": [(name, "update") for name in ("fd", "mean_r", "condition", "spread")],
     "scores": [(name, over) for over in ("update", "second") for name in ("fd", "kid", "isc")],
@@ -257,8 +252,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         update = common.capture(update, state)
         if row["steps"] or "encode" in row:
             ascend = common.capture(ascend, state)
-        speed = dict(milliseconds=common.milliseconds(lambda: cycle(row["steps"]), state, device),
-                     MiB=common.gpu_memory(device, before))
+        speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
     log.start(step)
     while step < steps:
         cycle(critic_steps(step))
@@ -297,13 +291,6 @@ def main(argv=None):
         return common.save_figure(figure, common.noise_figure(images, digits.expand(-1, 3, -1, -1), judge))
     finished = common.train_runs(__file__, globals(), args, argv, device,
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
-    common.save_figure(f"{args.out}/cifar-curves.png", common.curves_figure(finished, CURVES["all"]))
-    if args.figure in SWEEPS:
-        common.save_figure(figure, common.sweep_figure(finished, SWEEPS[args.figure]))
-    if args.figure in CURVES:
-        common.save_figure(figure, common.curves_figure(finished, CURVES[args.figure]))
-    if args.figure == "singular":
-        common.save_figure(figure, common.singular_figure(finished))
     if args.figure == "neighbours":
         shown = common.read_images(f"{finished[0][0][2]}/samples.npy")[:10]
         common.save_figure(figure, common.neighbours_figure(shown, images, judge))

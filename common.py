@@ -1022,9 +1022,19 @@ def dcgan_init(network):
     return network
 
 
-def layer_norm(channels):
-    """Layer norm of images: over all of an image, with a scale and a shift for each channel."""
-    return nn.GroupNorm(1, channels)
+class LayerNorm(nn.GroupNorm):
+    """Layer norm of images: over all of an image, with a scale and a shift for each channel.
+
+    As GroupNorm(1, channels), which leaves the layout channels_last on a GPU; this one returns it.
+    """
+
+    def __init__(self, channels):
+        super().__init__(1, channels)
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, x.shape[1:], eps=self.eps)
+        return (x * self.weight + self.bias).permute(0, 3, 1, 2)
 
 
 def dcgan_generator(noise, widths, channels, kernel=4, last=nn.Tanh, size=32):
@@ -1210,7 +1220,7 @@ def image_networks(nets, row, channels, size):
     if "width" in nets:
         g, f = sngan_generator(z, channels, nets["width"]), sngan_critic(channels, out, nets["width"])
     else:
-        kinds = dict(none=None, batch=batch_norm, layer=layer_norm)
+        kinds = dict(none=None, batch=batch_norm, layer=LayerNorm)
         norms = [kinds[name] for name in nets["norms"]]
         if "start" in nets:
             g = residual_generator(z, nets["g"], channels, last, size, nets["start"])
@@ -2550,6 +2560,11 @@ def milliseconds(cycle, state, device, times=20):
         return 1e3 * (time.perf_counter() - began) / times
 
 
+def measure(cycle, state, device, before):
+    """What result.json has of a run's cost: milliseconds of cycle(), MiB of GPU memory less those before."""
+    return dict(milliseconds=milliseconds(cycle, state, device), MiB=gpu_memory(device, before))
+
+
 def gpu_memory(device, before=0):
     """MiB of a GPU's memory, less those before, that are in use or held by CUDA graphs; None on a CPU."""
     if device.type != "cuda":
@@ -2887,9 +2902,9 @@ def parse(parser, argv, figures, tables):
 def train_runs(script, namespace, args, argv, device, begin):
     """Train the runs that the flags ask for side by side, with all that is printed and kept; [(run, result)].
 
-    script, namespace: its file and globals(), with METHODS and networks(); args: of parse(argv); begin: from
-    a run of open_runs to its generator. Returns those that finished, after the table of their scores, and
-    exits with a message if there are none.
+    script, namespace: its file and globals(), with METHODS, networks() and what draw_figures takes; args: of
+    parse(argv); begin: from a run of open_runs to its generator. Returns those that finished, after the table
+    of their scores and the figures, and exits with a message if there are none.
     """
     runs = open_runs(args.out, script, namespace, args.method, args.seeds, args.resume, device)
     for method in dict.fromkeys(args.method):
@@ -2897,12 +2912,9 @@ def train_runs(script, namespace, args, argv, device, begin):
         print(f"{method}: generator of {count(g):,} parameters, critic of {count(f):,}, "
               f"decoder of {count(decoder):,}")
     print(log_head(COLUMNS + READINGS))
-    if ranks()[1] == 1:
-        results = interleave([begin(run) for run in runs])
-    else:       # one after another: collectives must come in the same order everywhere
-        results = [interleave([begin(run)])[0] for run in runs]
     typed = command(script, argv)
-    finished = list(ended(runs, results, typed))
+    results = train_all(runs, begin, typed)
+    finished = list(ended(runs, results))
     for run, result in finished:
         print(f"{run[2]}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(run[2])))}")
     if not all("fd" in result for _, result in finished):
@@ -2911,7 +2923,28 @@ def train_runs(script, namespace, args, argv, device, begin):
     print(f"\n{score_table(runs, results, namespace['METHODS'])}\n")
     if not finished:
         sys.exit("no run finished")
+    if ranks()[0] == 0:
+        draw_figures(script, namespace, args, finished)
     return finished
+
+
+def draw_figures(script, namespace, args, finished):
+    """Save OUT/SCRIPT-curves.png and, of --figure NAME, OUT/SCRIPT-figureNAME.png.
+
+    namespace: with CURVES {name: panels of curves_figure}, "all" and what else is a figure's name, and
+    SWEEPS {name: panels of sweep_figure}, if there are any. "singular" is singular_figure's. A figure of
+    another name is the script's own.
+    """
+    curves, sweeps = namespace["CURVES"], namespace.get("SWEEPS", {})
+    pictures = {"-curves": curves_figure(finished, curves["all"])}
+    if args.figure in curves:
+        pictures[f"-figure{args.figure}"] = curves_figure(finished, curves[args.figure])
+    if args.figure in sweeps:
+        pictures[f"-figure{args.figure}"] = sweep_figure(finished, sweeps[args.figure])
+    if args.figure == "singular":
+        pictures["-figuresingular"] = singular_figure(finished)
+    for name, picture in pictures.items():
+        save_figure(f"{args.out}/{os.path.basename(script).removesuffix('.py')}{name}.png", picture)
 
 
 def run(main):
@@ -2932,18 +2965,31 @@ def run(main):
         distributed.destroy_process_group()
 
 
-def ended(runs, results, command):
-    """Each run that ended well with its result, FOLDER/result.json written; says how the others ended.
+def train_all(runs, begin, command):
+    """Train runs of open_runs side by side, each begun by begin(run), as interleave does; their results.
 
-    runs: of open_runs; results: of interleave, dicts or FloatingPointErrors. Yields (run, result) in order.
+    What a run returns is in FOLDER/result.json, with the command, as soon as that run has ended.
+    """
+    def kept(run):
+        result = yield from begin(run)
+        write_json(f"{run[2]}/result.json", dict(result, command=command))
+        return result
+
+    if ranks()[1] == 1:
+        return interleave([kept(run) for run in runs])
+    return [interleave([kept(run)])[0] for run in runs]     # collectives come in the same order everywhere
+
+
+def ended(runs, results):
+    """Yields (run, result) of each run that ended well, in order; says how the others ended.
+
+    runs: of open_runs; results: of train_all, dicts or FloatingPointErrors.
     """
     for run, result in zip(runs, results):
-        folder = run[2]
         if isinstance(result, FloatingPointError):
-            print(f"{folder}: {result}")
-            continue
-        write_json(f"{folder}/result.json", dict(result, command=command))
-        yield run, result
+            print(f"{run[2]}: {result}")
+        else:
+            yield run, result
 
 
 def command(script, argv):
@@ -3043,17 +3089,19 @@ LOGARITHMIC = ("fd", "mean_r", "condition", "spread")       # others can be nega
 
 
 def curves_figure(finished, panels):
-    """Panels, pairs (column, over), of the logs of finished runs: a colour a method, a line a seed.
+    """Panels, pairs (column, over), of what finished runs have logged: a colour a method, a line a seed.
 
     finished: pairs of a run of open_runs and its result; columns of TITLES. over: "update", or "second", of a
     run alone on the GPU, from its result's milliseconds an update; on a CPU of all runs of the command.
     """
     methods = list(dict.fromkeys(method for (method, *_), _ in finished))
+    logs = [read_log(folder) for (_, _, folder, _), _ in finished]
+    panels = [panel for panel in panels if any(np.isfinite(log[panel[0]]).any() for log in logs)] or panels
     columns = 3 if len(panels) > 4 else 2
     rows = math.ceil(len(panels) / columns)
-    logs = [read_log(folder) for (_, _, folder, _), _ in finished]
     figure = Figure(figsize=(5.5 * columns, 3.25 * rows), layout="constrained")
-    for axes, (column, over) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels):
+    for i, (column, over) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, columns, i)
         for ((method, *_), result), log in zip(finished, logs):
             there = np.isfinite(log[column])
             x = log["step"] if over == "update" else log["seconds"]
@@ -3147,7 +3195,7 @@ def singular_figure(finished):
 def score_table(runs, results, methods):
     """The scores of runs as text, mean ± std over seeds, beside the paper's in their rows of methods.
 
-    runs: of open_runs; results: what interleave returned for them, with the keys of Judge.score.
+    runs: of open_runs; results: of train_all, with the keys of Judge.score.
     """
     rows = []
     for method in dict.fromkeys(method for method, *_ in runs):

@@ -49,6 +49,8 @@ METHODS = {
                     form="swap", ridge=1.0),
 }
 
+CURVES = {"all": [(name, "update") for name in ("fd", "kid", "loss_g", "spread")]}
+
 
 def networks(row):
     """Generator and critic of a row of METHODS, and None, as it has no decoder."""
@@ -134,8 +136,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
         update = common.capture(update, state)
         if row["steps"]:
             ascend = common.capture(ascend, state)
-        speed = dict(milliseconds=common.milliseconds(lambda: cycle(row["steps"]), state, device),
-                     MiB=common.gpu_memory(device, before))
+        speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
         batches.waited = 0.0
     log.start(step)
     while step < steps:
@@ -163,14 +164,11 @@ def main(argv=None):
     images, _ = common.load_folders("imagenet64", ("train", "val"), args.data)
     images = common.on_device(images, device)
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
-    first, judge = common.ranks()[0] == 0, None
-    if first:
+    judge = None
+    if common.ranks()[0] == 0:
         judge = common.open_judge(args.features, f"{args.data}/imagenet64-val.npy", device, adaptive)
-    finished = common.train_runs(__file__, globals(), args, argv, device,
-                                 lambda run: train(*run, args.steps, device, images, FINAL, judge))
-    if first:
-        curves = [(name, "update") for name in ("fd", "kid", "loss_g", "spread")]
-        common.save_figure(f"{args.out}/imagenet-curves.png", common.curves_figure(finished, curves))
+    common.train_runs(__file__, globals(), args, argv, device,
+                      lambda run: train(*run, args.steps, device, images, FINAL, judge))
 
 
 if __name__ == "__main__":

@@ -189,8 +189,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         update = common.capture(update, state)
         if row["steps"] or "encode" in row:
             ascend = common.capture(ascend, state)
-        speed = dict(milliseconds=common.milliseconds(lambda: cycle(row["steps"]), state, device),
-                     MiB=common.gpu_memory(device, before))
+        speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
     log.start(step)
     while step < steps:
         cycle(critic_steps(step))
@@ -250,10 +249,6 @@ def main(argv=None):
         own = judge.score(images[:samples])     # the paper has the test images' own: 9.78, 4.305, .003
         found = (f"{key} {own[key]:.4g}" for key in ("isc", "fd", "kid", "kid_std") if key in own)
         print("the training images, scored likewise:", ", ".join(found))
-    common.save_figure(f"{args.out}/mnist-curves.png", common.curves_figure(finished, CURVES["all"]))
-    if args.figure:
-        picture = common.curves_figure(finished, CURVES[args.figure])
-        common.save_figure(f"{args.out}/mnist-figure{args.figure}.png", picture)
 
 
 if __name__ == "__main__":

@@ -474,17 +474,22 @@ def main(argv=None):
     stacked = None if args.figure == "1" else args.figure       # whose finished runs are not trained again
     runs = common.open_runs(args.out, __file__, globals(), args.method, args.seeds, args.resume or stacked,
                             device, stacked)
-    members = [cells(args.figure, seed if stacked else [seed]) for _, seed, _, _ in runs]
-    for (method, *_), own in zip(runs, members):
+
+    def members(seed):
+        return cells(args.figure, seed if stacked else [seed])
+
+    for method, seed, *_ in runs:
+        own = members(seed)
         counts = [[common.count(network) for network in networks(METHODS[method], member)] for member in own]
         g, f, decoder = ("-".join(f"{n:,}" for n in sorted({min(part), max(part)})) for part in zip(*counts))
         print(f"{method}, runs: {len(own)}; parameters of a generator: {g}, critic: {f}, decoder: {decoder}")
     print(common.log_head(COLUMNS))
-    results = common.interleave([train(method, own, folder, settings, args.steps, device)
-                                 for (method, _, folder, settings), own in zip(runs, members)])
+    typed = common.command(__file__, argv)
+    results = common.train_all(
+        runs, lambda run: train(run[0], members(run[1]), *run[2:], args.steps, device), typed)
 
     done = []
-    for (method, _, folder, _), result in common.ended(runs, results, common.command(__file__, argv)):
+    for (method, _, folder, _), result in common.ended(runs, results):
         done.append((folder, result))
         if not stacked:
             figure_1(folder, method, result)
@@ -500,7 +505,7 @@ def main(argv=None):
         print(text)
     if stacked:
         with common.replacing(f"{out}.md") as file:
-            made = f"{common.command(__file__, argv)}\n{', '.join(common.machine(device).values())}"
+            made = f"{typed}\n{', '.join(common.machine(device).values())}"
             file.write(f"{made}\n\n{text}\n".encode())
 
 

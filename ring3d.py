@@ -176,9 +176,10 @@ def main(argv=None):
         print(f"{method}: generator of {common.count(g):,} parameters, critic of {common.count(f):,}, "
               f"decoder of {common.count(decoder):,}")
     print(common.log_head(COLUMNS))
-    results = common.interleave([train(*run, args.steps, device) for run in runs])
+    results = common.train_all(runs, lambda run: train(*run, args.steps, device),
+                               common.command(__file__, argv))
 
-    for (method, _, folder, _), result in common.ended(runs, results, common.command(__file__, argv)):
+    for (method, _, folder, _), result in common.ended(runs, results):
         figure(folder, method, result)
         print(f"{folder}: {result['modes']} of {MODES} modes, "
               f"{result['share']:.3f} of {POINTS:,} samples within {3 * STD:.1f} of a mode")

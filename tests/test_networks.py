@@ -3,7 +3,11 @@ import pytest
 import torch
 from torch import nn
 
+import celeba
+import cifar
 import common
+import imagenet
+import mnist
 from common import count
 
 
@@ -40,9 +44,9 @@ def test_networks_of_the_other_papers():
     f = common.dcgan_critic(3, (16, 32, 64, 128), 16, kernel=5, norms=(None, None))
     assert f(x).shape == (2, 16)
     assert count(f) == 25 * (3 * 16 + 16 * 32 + 32 * 64 + 64 * 128) + 240 + (128 * 4 + 1) * 16
-    f = common.dcgan_critic(3, (128, 256, 512), 10, kernel=5, norms=(None, common.layer_norm))
+    f = common.dcgan_critic(3, (128, 256, 512), 10, kernel=5, norms=(None, common.LayerNorm))
     assert f(x).shape == (2, 10)
-    assert [type(layer).__name__ for layer in f][:6] == ["Conv2d", "LeakyReLU", "Conv2d", "GroupNorm",
+    assert [type(layer).__name__ for layer in f][:6] == ["Conv2d", "LeakyReLU", "Conv2d", "LayerNorm",
                                                          "LeakyReLU", "Conv2d"]
     f = common.dcgan_critic(3, (64, 128, 256), 128, norms=(None, common.batch_norm))
     assert count(f) == 16 * (3 * 64 + 64 * 128 + 128 * 256) + 64 + 2 * (128 + 256) + 4097 * 128
@@ -84,9 +88,20 @@ def test_pooled_critic():
 
 
 def test_layer_norm_is_over_the_whole_image():
-    x = torch.randn(4, 6, 5, 5)
-    expected = nn.functional.layer_norm(x, x.shape[1:])
-    assert torch.allclose(common.layer_norm(6)(x), expected, atol=1e-5)
+    """Values, gradients, and a slope's gradients in the weights, in the layout of the critics."""
+    torch.manual_seed(0)
+    ours, layer, found = common.LayerNorm(6).double(), torch.nn.GroupNorm(1, 6).double(), []
+    for p in ours.parameters():
+        torch.nn.init.normal_(p)
+    layer.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 6, 5, 3).double().to(memory_format=torch.channels_last).requires_grad_()
+    for norm in (ours, layer):
+        y = norm(x)
+        slope, = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+        found.append([y, *torch.autograd.grad(slope.square().sum() + y.exp().sum(), [x, *norm.parameters()])])
+    assert found[0][0].is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
 def test_one_channel():
@@ -94,7 +109,7 @@ def test_one_channel():
     assert common.dcgan_critic(1, (8, 16, 32), 5)(torch.rand(3, 1, 32, 32)).shape == (3, 5)
 
 
-@pytest.mark.parametrize("norm", [None, common.batch_norm, common.layer_norm])
+@pytest.mark.parametrize("norm", [None, common.batch_norm, common.LayerNorm])
 def test_both_sets_in_one_pass_equal_either_alone(norm):
     """Values, gradients of the weights, and of the samples, with batch norms that see each set apart."""
     torch.manual_seed(0)
@@ -356,3 +371,14 @@ def test_bfloat16_is_near_float32(start, size):
     assert all(1e-4 < (u - v).abs().max() / u.abs().max() < 2e-2 for u, v in zip(wanted[:2], near))
     assert all(nn.functional.cosine_similarity(u.flatten(), v.flatten(), 0) > 0.97
                for u, v in zip(wanted[2:4], near[2:4]))
+
+
+@pytest.mark.parametrize("script", [cifar, mnist, celeba, imagenet])
+def test_no_slope_is_held_through_a_batch_norm(script):
+    """Where an image's output depends on its batch, the slope at one image is not that of the critic."""
+    with torch.device("meta"):
+        for name, row in script.METHODS.items():
+            sloped = row["distance"] in (*common.SLOPED, "sobolev")
+            if sloped or row.get("penalty", "")[:1] == ("gradient",):
+                _, f, _ = script.networks(row)
+                assert not any(isinstance(layer, nn.BatchNorm2d) for layer in f.modules()), name

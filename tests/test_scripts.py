@@ -351,6 +351,14 @@ def test_sampling_as_the_readme_does():
     assert os.path.getsize("new.png") > 10_000
 
 
+def test_curves_have_a_panel_for_what_was_logged():
+    run_cifar("--method", "gan", "gram", "--steps", 2)
+    finished = [((method, 0, f"runs/cifar-{method}-s0", {}), {}) for method in ("gan", "gram")]
+    for runs, expected in ((finished[:1], ["spread"]), (finished, ["mean_r", "condition", "spread"])):
+        picture = common.curves_figure(runs, cifar.CURVES["all"])
+        assert [axes.get_title() for axes in picture.axes] == [common.TITLES[name] for name in expected]
+
+
 def test_figures_of_trained_rows(monkeypatch, capsys):
     """Each draws what its rows have kept; their places in GRAM's Figure 5 are what their names say."""
     features = export("features-tiny.pt2")
@@ -829,6 +837,24 @@ def test_a_diverged_gram_stops_alone(monkeypatch, capsys):
     run_cifar("--method", "gram", "gan", "--steps", 8)
     assert "runs/cifar-gram-s0: diverged at update 6: loss_f is nan" in capsys.readouterr().out
     assert kept("runs/cifar-gan-s0")[0] == 8
+
+
+def test_what_a_run_returns_is_kept_when_it_ends(monkeypatch):
+    """Before the runs beside it have ended: here the second of two is stopped on its last line."""
+    keep, calls = common.Scorer.keep, []
+
+    def stopped(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return keep(*args)
+
+    monkeypatch.setattr(common.Scorer, "keep", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_cifar("--method", "gram", "gan", "--steps", 2)
+    kept_result = json.load(open("runs/cifar-gram-s0/result.json"))
+    assert kept_result["updates"] == 2 and kept_result["command"].endswith("--method gram gan --steps 2")
+    assert not os.path.exists("runs/cifar-gan-s0/result.json")
 
 
 def test_training_survives_a_network_that_fails(monkeypatch, capsys):
