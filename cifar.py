@@ -158,7 +158,7 @@ FIGURES |= {"scores": dict(method=["smmd", "sn-smmd", "mmd-rqdot-16", "wgan-gp-1
 CURVES = {      # over updates, or seconds of a run alone: as Scaled MMD, Figures 2a and 8; GAMN, Figure 5
     "all": [(name, "update") for name in ("fd", "mean_r", "condition", "spread")],
     "scores": [(name, over) for over in ("update", "second") for name in ("fd", "kid", "isc")],
-    "gamn": [("loss_g", "update"), ("isc", "update")],
+    "gamn": [(name, "update") for name in ("loss_g", "kid", "isc")],
 }
 ESTIMATES = 100             # for each n of --figure bias, Demystifying MMD GANs, Figure 1
 KID_N, FID_N = (50, 100, 200, 500, 1_000, 2_000), (1_000, 2_500, 5_000, 7_500, 10_000)

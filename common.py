@@ -3097,7 +3097,7 @@ def curves_figure(finished, panels):
     methods = list(dict.fromkeys(method for (method, *_), _ in finished))
     logs = [read_log(folder) for (_, _, folder, _), _ in finished]
     panels = [panel for panel in panels if any(np.isfinite(log[panel[0]]).any() for log in logs)] or panels
-    columns = 3 if len(panels) > 4 else 2
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.5 * columns, 3.25 * rows), layout="constrained")
     for i, (column, over) in enumerate(panels, 1):
