@@ -78,7 +78,7 @@ METHODS = {
     "gram-clip":    dict(PRINTED, form="clip"),                                         # footnote 3
     "gram-adaptive": dict(GRAM, form="swap", ridge=1.0, decay=0.5),
     "gan":          dict(GAN, adam_g=(4e-4, 0.5, 0.999), paper="5.13, 26.82 ± 0.49"),
-    "mmdnet":       dict(GRAM, distance="mmd", critic=0, adam=(1e-3, 0.5, 0.999)),
+    "mmdnet":       dict(GRAM, distance="mmd", critic=0, adam=(1e-3, 0.5, 0.999)),      # Adam is ours
     "gram-weak":    dict(GRAM, form="swap", ridge=1.0, nets="weak", paper="-, 24.82 ± 0.62"),   # Table 1
     "gan-weak":     dict(GAN, nets="weak", paper="-, 31.64 ± 2.10"),
     "mmdgan-weak":  dict(FULL, nets="weak", paper="-, 210.85 ± 8.92"),

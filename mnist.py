@@ -25,7 +25,7 @@ ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its 
 LAMBDA = 1.0                # GRAM, eq. 9
 ENCODE, ENCODE_BATCH = 10_000, 100      # steps of GMMN+AE's autoencoder, all at first; GMMN's go by layers
 ADAPT_EVERY, CODES = 500, 2_048         # of rates that adapt by so many samples: Demystifying MMD GANs,
-ADAPT = (10, 3, 0.1, 1e-6)              # section 5; window, patience, level and floor: its code's scorer.py
+ADAPT = (10, 3, 0.1, 1e-6)              # section 5 (Scaled MMD: 2,000); window, patience, level, floor: code
 SAMPLES = 10_000            # to keep and to score, but for --table
 BOOTSTRAP, RESAMPLINGS = 100_000, 10    # of the distance, if so many are scored; as Demystifying MMD GANs
 LENET_EPOCHS, LENET_BATCH, LENET_RATE = 2, 64, 2e-3     # ours: 99.3 % of the test images, as the tutorial's
@@ -45,7 +45,7 @@ NETS = {
     "gram":    dict(mlp=(600, 600, 800, 784), pooled=(16, 32, 32)),     # GRAM, appendix B.4, Table 3
     "gmmn":    dict(mlp=(64, 256, 256, 1024, 784), z=10),
     "gmmn-ae": dict(mlp=(64, 256, 256, 1024, 32), encoder=(784, 1024, 32), z=10),
-    "dcgan":   dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512)),
+    "dcgan":   dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512), z=128),
     "dcgan16": dict(g=(512, 256, 128, 64), f=(16, 32, 64, 128)),
     "wgan-gp": SMALL,
     "wgan":    dict(SMALL, norms=("none", "batch")),
@@ -70,7 +70,7 @@ SCALED = dict(MMD, nets="dcgan", kernel="unit", critic=1, decay=0.8)
 METHODS = {
     "gram":         dict(GRAM, form="sum"),                                             # eq. 9, the paper's
     "gram-clip":    dict(GRAM, form="clip"),                                            # footnote 3
-    "gram-swap":    dict(GRAM, form="swap"),            # eq. 9, p and q exchanged; cifar.py's gram
+    "gram-swap":    dict(GRAM, form="swap", ridge=1.0), # eq. 9, p and q exchanged; cifar.py's gram
     "mmd-rqdot-16": dict(MMD, **ONE, kernel="rq*", activation=1.0, paper="9.11, 4.206, .005"),  # footnote 19
     "mmd-rbf-16":   dict(MMD, **ONE, kernel="rbf", paper="8.98, 8.264, .011"),
     "mmd-dot-16":   dict(MMD, **ONE, kernel="dot", paper="8.86, 6.245, .006"),
