@@ -1,7 +1,7 @@
 """CelebA: Scaled MMD and Demystifying MMD GANs at 160x160, GRAM's table at 64x64, LSUN bedrooms at 64x64.
 
     python celeba.py --method sn-smmd           the FID of 12.2 of Scaled MMD, Table 1a: 150,000 updates
-    python celeba.py --table scaled             its other rows; demystifying, gram, lsun likewise
+    python celeba.py --table scaled             its other rows, of 50,000 samples; demystifying, gram, lsun
     python celeba.py --set celeba64 --method gram gan       at 64x64; --set lsun: bedrooms
     python celeba.py --figure singular          Scaled MMD, Figure 2b; scores: Figure 2a
     torchrun --nproc-per-node=2 celeba.py ...   on several GPUs, 64 images of either kind on each
@@ -12,6 +12,7 @@ samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json; the curves
 runs/celeba-curves.png.
 """
 import sys
+from contextlib import closing
 
 import torch
 from torch.nn.utils import parametrize
@@ -62,6 +63,7 @@ NETS = {
     "dcgan16": dict(DCGAN, f=(16, 32, 64, 128), z=100, unit=True),
     "gamn":    dict(DCGAN, norms=("none", "layer"), noise="normal"),        # igul222, gan_64x64.py
     "wgan":    dict(DCGAN, norms=("none", "batch"), noise="normal"),
+    "wgan-gp": dict(DCGAN, noise="normal"),
 }
 
 # distance and the weights of its terms: common.Game says, but for gram. critic: its outputs. steps: of the
@@ -105,6 +107,8 @@ METHODS |= {
     "lsun-wgan-gp": dict(METHODS["wgan-gp"], **BED, paper="3.12, 41.39, .039"),
     "lsun-gamn":    dict(BED | dict(nets="gamn"), **TEN, distance="mmd", kernel="gmmn", critic=10, steps=5,
                          adam=(1e-4, 0.5, 0.9)),                                            # Figure 4
+    "lsun-gamn-wgan-gp": dict(BED | dict(nets="wgan-gp"), **TEN, distance="wasserstein", critic=1, steps=5,
+                              adam=(1e-4, 0.5, 0.9)),
     "lsun-wgan":    dict(BED | dict(nets="wgan"), distance="wasserstein", critic=1, steps=5, rmsprop=5e-5,
                          clip=0.01),
 }
@@ -164,9 +168,9 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
         return (x + 1) / 2 if "unit" in nets else x, g(sampler.noise(batch, rng))
 
     def ascend():
-        x, y = draw()
+        x, y = torch.no_grad()(draw)()
         with parametrize.cached():      # so that a spectral norm is iterated once
-            loss = game.critic(x, y.detach())
+            loss = game.critic(x, y)
             common.descend((opt_f, loss))
         if "clip" in row:
             common.clip_weights(f, row["clip"])
@@ -208,7 +212,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
             found |= scorer.score(SAMPLES)
         if "decay" in row and step % ADAPT_EVERY == 0:
             if "adaptive" in state:
-                found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
+                now = common.Sampler(g, nets).draw(CODES, step)
+                found["p"] = state["adaptive"].step(judge.codes(now))
             common.share_rates(opt_g, opt_f)
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
@@ -226,20 +231,19 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
         speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
         batches.waited = 0.0
     log.start(step)
-    while step < steps:
-        cycle(critic_steps(step))
-        step += 1
-        if step % LOG_EVERY == 0 or step == steps:
-            log.row(step, lambda: readings(step))
-        if step % GRID_EVERY == 0 or step == steps:
-            common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(64), 8)
-            if "start" in nets:
+    with closing(batches):              # its threads end with the run
+        while step < steps:
+            cycle(critic_steps(step))
+            step += 1
+            if step % LOG_EVERY == 0 or step == steps:
+                log.row(step, lambda: readings(step))
+            if step % GRID_EVERY == 0 or step == steps:
+                common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(64), 8)
                 common.save_singular_values(folder, step, f)
-        if step % SAVE_EVERY == 0 or step == steps:
-            common.save(folder, step, state, settings)
-        yield
+            if step % SAVE_EVERY == 0 or step == steps:
+                common.save(folder, step, state, settings)
+            yield
 
-    batches.close()
     if step > begun[0]:                 # the share of the time in which it waited for images
         speed["waiting"] = batches.waited / (log.seconds - begun[1])
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,

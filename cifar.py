@@ -9,8 +9,6 @@ Expect a Frechet distance of 29 ± 3 from gram on EfficientNet-Lite0 features (F
 A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json;
 the curves of all runs of a command are runs/cifar-curves.png.
 """
-import sys
-
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -198,9 +196,9 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         return (x + 1) / 2 if "unit" in nets else x, g(sampler.noise(batch, rng))
 
     def ascend():
-        x, y = draw()
+        x, y = torch.no_grad()(draw)()
         with parametrize.cached():      # so that a spectral norm is iterated once
-            loss = game.critic(x, y.detach())
+            loss = game.critic(x, y)
             common.descend((opt_f, loss))
         if "clip" in row:
             common.clip_weights(f, row["clip"])
@@ -239,7 +237,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         if step % grid_every == 0 or step == steps:
             found |= scorer.score(SAMPLES)
         if "adaptive" in state and step % ADAPT_EVERY == 0:
-            found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
+            found["p"] = state["adaptive"].step(judge.codes(common.Sampler(g, nets).draw(CODES, step)))
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
 
@@ -261,7 +259,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             log.row(step, lambda: readings(step))
         if step % grid_every == 0 or step == steps:
             common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(128))
-            if "width" in nets:
+            if row["critic"]:
                 common.save_singular_values(folder, step, f)
         if step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
@@ -273,8 +271,6 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
 
 def main(argv=None):
     args = common.parse(common.flags(__doc__, METHODS, ["gram"], STEPS, images=True), argv, FIGURES, TABLES)
-    if args.figure == "singular" and not all("width" in METHODS[method]["nets"] for method in args.method):
-        sys.exit(f"--figure singular: found {' '.join(args.method)}, expected rows of seven-layer critics")
     device, samples = common.setup(args.device), args.samples or SAMPLES
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
     needed = f"--figure {args.figure}" if args.figure else adaptive

@@ -55,6 +55,7 @@ import logging
 import math
 import multiprocessing
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -897,17 +898,17 @@ class Layers(nn.Sequential):
     """Layers one after another; of several sets at once, each batch norm by the statistics of every set.
 
     [N S, ...] for S sets, as torch.stack(sets, 1).flatten(0, 1) puts them. outputs: a list to which those of
-    the LeakyReLUs and of the last layer are added, or None. mixed: whether all layers but the last are
-    in_bfloat16; what comes in and goes out is of one type.
+    the LeakyReLUs and of the last layer are added, or None. mixed: whether all layers but the last with
+    weights are in_bfloat16; what comes in and goes out is of one type.
     """
 
     mixed = False
 
     def forward(self, x, sets=1, outputs=None):
-        *body, last = self
-        kind = x.dtype
+        layers, kind = list(self), x.dtype
+        last = max(i for i, layer in enumerate(layers) if [*layer.parameters()])
         with in_bfloat16(self, x) if self.mixed else nullcontext(x) as x:
-            for layer in body:
+            for layer in layers[:last]:
                 if sets > 1 and isinstance(layer, nn.BatchNorm2d):  # the sets' channels side by side: no copy
                     n, c, *size = x.shape
                     weight, bias = layer.weight.repeat(sets), layer.bias.repeat(sets)
@@ -917,7 +918,9 @@ class Layers(nn.Sequential):
                     x = layer(x)
                 if outputs is not None and isinstance(layer, nn.LeakyReLU):
                     outputs.append(x.to(kind))
-        x = last(x.to(kind))
+        x = x.to(kind)
+        for layer in layers[last:]:
+            x = layer(x)
         if outputs is not None:
             outputs.append(x)
         return x
@@ -1411,8 +1414,8 @@ class Batches:
     gather the next batches into pinned memory ahead of need. fill() puts the next one into x; call it before
     each update, outside of what is captured. Batch number k is a function of (seed, rank, k), so that both
     ways give the same, and a state of one number, `taken`, is enough to go on from. waited: seconds in which
-    fill() waited for a thread. rank: ranks()'s by default. ahead: how many batches are gathered ahead, 0 for
-    none.
+    fill() waited for a thread, and the GPU for nothing else. rank: ranks()'s by default. ahead: how many
+    batches are gathered ahead, 0 for none.
     """
 
     def __init__(self, images, n, seed, device, rank=None, ahead=None):
@@ -1424,8 +1427,9 @@ class Batches:
         self.ahead = (8 if cuda and not images.is_cuda else 0) if ahead is None else ahead
         slots = range(self.ahead + 1 if self.ahead else 0)      # one more: what is copied stays as it is
         self.slots = [torch.empty(self.x.shape, dtype=torch.uint8, pin_memory=cuda) for _ in slots]
-        self.copied = [torch.cuda.Event() if cuda else None for _ in slots]
-        self.pool, self.coming = ThreadPoolExecutor(4, "batches") if self.ahead else None, {}
+        self.copied = [torch.cuda.Event(blocking=True) if cuda else None for _ in slots]
+        own = (torch.cuda.set_device, (self.x.device,)) if cuda else ()
+        self.pool, self.coming = ThreadPoolExecutor(4, "batches", *own) if self.ahead else None, {}
 
     def state_dict(self):
         return {"taken": self.taken}
@@ -1454,16 +1458,21 @@ class Batches:
                 index = index.pin_memory().to(self.x.device, non_blocking=True)
             torch.index_select(self.images, 0, index, out=self.x)
             return
-        began, wanted = time.perf_counter(), range(k, k + self.ahead)
+        wanted = range(k, k + self.ahead)
         for other in set(self.coming).difference(wanted):       # the state has been put back
             self.coming.pop(other).result()
         for soon in wanted:
             if soon not in self.coming:
                 self.coming[soon] = self.pool.submit(self.gather, soon)
-        batch = self.coming.pop(k).result()
-        self.waited += time.perf_counter() - began
-        self.x.copy_(batch, non_blocking=True)
-        if self.x.is_cuda:
+        batch, last = self.coming.pop(k), self.copied[(k - 1) % len(self.slots)]
+        if not batch.done():
+            if last:
+                last.synchronize()      # until then the GPU is behind, and nothing waits for a thread
+            began = time.perf_counter()
+            batch.result()
+            self.waited += time.perf_counter() - began
+        self.x.copy_(batch.result(), non_blocking=True)
+        if last:
             self.copied[k % len(self.slots)].record()
 
     def close(self):
@@ -1627,11 +1636,13 @@ def folder_files(name, split, data):
     if name.startswith("celeba"):
         stems = [os.path.splitext(os.path.basename(file))[0] for file in files]
         number = {file: int(stem) if stem.isdecimal() else 0 for file, stem in zip(files, stems)}
-        first, last = CELEBA[split]
-        odd = [os.path.basename(file) for file in files if not 1 <= number[file] <= CELEBA["test"][1]]
+        (first, last), (_, whole) = CELEBA[split], CELEBA["test"]
+        odd = [os.path.basename(file) for file in files if not 1 <= number[file] <= whole]
         if odd and split == "train":
-            print(f"{folder}: left out {len(odd):,} images whose names are no numbers from 1 to "
-                  f"{CELEBA['test'][1]:,}, {odd[0]} the first")
+            print(f"{folder}: left out {len(odd):,} images whose names are no numbers from 1 to {whole:,}, "
+                  f"{odd[0]} the first")
+        if len(files) - len(odd) < whole and split == "train":
+            print(f"{folder}: found {len(files) - len(odd):,} of CelebA's {whole:,} images")
         return sorted((file for file in files if first <= number[file] <= last), key=number.get)
     if name == "lsun64":
         each = max(10, len(files) // HELD_OUT)
@@ -1756,7 +1767,7 @@ def build_array(path, files, side):
     for worker in workers:
         worker.start()
     while any(worker.is_alive() for worker in workers):
-        next(worker for worker in workers if worker.is_alive()).join(0.2)
+        next((worker for worker in workers if worker.is_alive()), workers[0]).join(0.2)
         if time.perf_counter() - shown > 5:
             shown, now = time.perf_counter(), images(noted())
             rate = (now - before) / (shown - began)
@@ -2291,13 +2302,16 @@ def join(device):
     device: of --device; each process takes a GPU of its own, or all of them the CPU. Each has networks of
     the same weights, other noise and other data; descend() takes the mean of their gradients, so that a loss
     is the mean of losses of one batch each (the block estimator of Scaled MMD, section 4). Processes but the
-    first print and write nothing. Ends with a message if there are too few GPUs, and when torchrun ends this
-    process, which it does once another one has ended.
+    first print and write nothing. Ends with a message if there are too few GPUs or device has a number, and
+    when torchrun ends this process, which it does once another one has ended, or has ended itself.
     """
     number = int(os.environ.get("WORLD_SIZE", 1))
     if number == 1 or "RANK" not in os.environ:
         return
-    rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    rank, local, before = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), []
+    if device not in (None, "cpu", "cuda"):
+        sys.exit(f"--device {device}: expected cpu or cuda, as each process takes a GPU of its own"
+                 if rank == 0 else 1)
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda:
         here = torch.cuda.device_count()
@@ -2305,27 +2319,39 @@ def join(device):
             sys.exit(f"torchrun --nproc-per-node: found more processes than GPUs, expected {here} or fewer"
                      if local == here else 1)
         torch.cuda.set_device(local)
-    stop_when_told(rank)
+    stop_when_told(rank, before)
     # The first process may build arrays or score for long, and torchrun sees to it that all end with one.
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(days=1),
                                    device_id=torch.device("cuda", local) if cuda else None)
+    processes = [None] * number
+    together("all_gather_object", processes, os.getpid())
+    before += processes[:rank]
     if rank:
         sys.stdout = open(os.devnull, "w")
 
 
-def stop_when_told(rank):
-    """End this process on torchrun's SIGTERM, the first one with a line, even while it waits for a GPU."""
-    told, tell = os.pipe()
+def stop_when_told(rank, before):
+    """End this process on torchrun's SIGTERM or after torchrun's end, even while it waits for a GPU.
+
+    The first one that is left says so; before: where the processes of lower rank are going to be listed.
+    """
+    (told, tell), parent = os.pipe(), os.getppid()
     os.set_blocking(tell, False)
     signal.signal(signal.SIGTERM, lambda *_: None)      # so that it is written to the pipe
     signal.set_wakeup_fd(tell)
 
+    def left(process):
+        with suppress(ProcessLookupError):
+            os.kill(process, 0)         # asks, does nothing
+            return True
+
     def wait():
-        while os.read(told, 1)[0] != signal.SIGTERM:
-            pass
-        if rank == 0:
-            print("stopped, as another process has ended or torchrun was told to; with --resume the same "
-                  "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        while os.getppid() == parent:
+            if select.select([told], [], [], 1)[0] and os.read(told, 1)[0] == signal.SIGTERM:
+                break
+        if len(before) == rank and not any(map(left, before)):
+            print("stopped, as torchrun or one of its processes has ended; with --resume the same command "
+                  "goes on from the last checkpoint", file=sys.stderr, flush=True)
         os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
 
@@ -2906,6 +2932,9 @@ def train_runs(script, namespace, args, argv, device, begin):
     parse(argv); begin: from a run of open_runs to its generator. Returns those that finished, after the table
     of their scores and the figures, and exits with a message if there are none.
     """
+    without = [method for method in args.method if not namespace["METHODS"][method]["critic"]]
+    if args.figure == "singular" and without:
+        sys.exit(f"--figure singular: found {' '.join(without)}, expected rows that have a critic")
     runs = open_runs(args.out, script, namespace, args.method, args.seeds, args.resume, device)
     for method in dict.fromkeys(args.method):
         g, f, decoder = namespace["networks"](namespace["METHODS"][method])

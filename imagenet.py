@@ -9,6 +9,8 @@ measured yet: hours for 150,000 updates. Scores of fewer than 50,000 samples are
 goes to runs/imagenet-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json; the
 curves of all runs of a command are runs/imagenet-curves.png.
 """
+from contextlib import closing
+
 import torch
 from torch.nn.utils import parametrize
 
@@ -84,9 +86,9 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
         return batches.x / 255, g(sampler.noise(batch, rng))
 
     def ascend():
-        x, y = draw()
+        x, y = torch.no_grad()(draw)()
         with parametrize.cached():      # so that a spectral norm is iterated once
-            loss = game.critic(x, y.detach())
+            loss = game.critic(x, y)
             common.descend((opt_f, loss))
         game.loss.copy_(loss.detach())
 
@@ -121,7 +123,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
             found |= scorer.score(SAMPLES)
         if "decay" in row and step % ADAPT_EVERY == 0:
             if "adaptive" in state:
-                found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
+                now = common.Sampler(g, nets).draw(CODES, step)
+                found["p"] = state["adaptive"].step(judge.codes(now))
             common.share_rates(opt_g, opt_f)
             found["lr_g"] = float(opt_g.param_groups[0]["lr"])
         return found
@@ -139,18 +142,18 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
         speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
         batches.waited = 0.0
     log.start(step)
-    while step < steps:
-        cycle(row["steps"])
-        step += 1
-        if step % LOG_EVERY == 0 or step == steps:
-            log.row(step, lambda: readings(step))
-        if step % GRID_EVERY == 0 or step == steps:
-            common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(64), 8)
-        if step % SAVE_EVERY == 0 or step == steps:
-            common.save(folder, step, state, settings)
-        yield
+    with closing(batches):              # its threads end with the run
+        while step < steps:
+            cycle(row["steps"])
+            step += 1
+            if step % LOG_EVERY == 0 or step == steps:
+                log.row(step, lambda: readings(step))
+            if step % GRID_EVERY == 0 or step == steps:
+                common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(64), 8)
+            if step % SAVE_EVERY == 0 or step == steps:
+                common.save(folder, step, state, settings)
+            yield
 
-    batches.close()
     if step > begun[0]:                 # the share of the time in which it waited for images
         speed["waiting"] = batches.waited / (log.seconds - begun[1])
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,

@@ -134,9 +134,9 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         return (common.draw_images(images, n, rng) + 1) / 2, g(sampler.noise(n, rng))
 
     def ascend():
-        x, y = draw(ENCODE_BATCH if "encode" in row else batch)
+        x, y = torch.no_grad()(draw)(ENCODE_BATCH if "encode" in row else batch)
         with parametrize.cached():      # so that a spectral norm is iterated once
-            loss = game.critic(x, y.detach())
+            loss = game.critic(x, y)
             common.descend((opt_f, loss))
         if "clip" in row:
             common.clip_weights(f, row["clip"])

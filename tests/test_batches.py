@@ -65,6 +65,36 @@ def test_a_slow_disk_changes_nothing(monkeypatch):
     ahead.close()
 
 
+@pytest.mark.parametrize("gather, update, waits", [(0.0, 0.01, False), (0.04, 0.001, True)])
+def test_what_waits_for_a_thread(gather, update, waits, monkeypatch):
+    """A GPU's work, here by a clock, is one queue: time in which it has work is no waiting."""
+    end, select = [time.perf_counter()], torch.index_select
+
+    class Event:                            # of the copy, behind all that was asked for before
+        at = 0.0
+
+        def record(self):
+            self.at = max(end[0], time.perf_counter())
+            end[0] = self.at + update
+
+        def synchronize(self):
+            time.sleep(max(0.0, self.at - time.perf_counter()))
+
+    def slow(*args, **kwargs):
+        time.sleep(gather)
+        return select(*args, **kwargs)
+
+    ahead = common.Batches(numbered(50), 8, 0, torch.device("cpu"), ahead=3)
+    ahead.copied = [Event() for _ in ahead.copied]
+    monkeypatch.setattr(torch, "index_select", slow)
+    began = time.perf_counter()
+    for _ in range(60):
+        ahead.fill()
+    share = ahead.waited / (max(end[0], time.perf_counter()) - began)
+    ahead.close()
+    assert share > 0.5 if waits else share < 0.2, share
+
+
 def test_errors_of_a_thread_are_raised():
     ahead = common.Batches(numbered(10), 4, 0, torch.device("cpu"), ahead=2)
     ahead.images = None

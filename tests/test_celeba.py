@@ -72,7 +72,7 @@ def test_every_row(script, part, methods, capsys):
         row, folder = METHODS[script][method], f"runs/{stem}-{method}-s0"
         assert sorted(os.listdir(folder)) == sorted([
             "checkpoint.pt", f"{stem}.py", "common.py", "log.csv", "result.json", "samples-4.png",
-            "samples.npy", *(["singular-4.npz"] if part == "celeba160" else [])])
+            "samples.npy", *(["singular-4.npz"] if script is celeba else [])])
         samples = np.load(f"{folder}/samples.npy")
         assert samples.shape == (5, 3, 32, 32) and samples.dtype == np.uint8 and samples.std() > 1
         step, tensors, log = kept(folder)
@@ -110,7 +110,7 @@ def test_the_rows_of_the_papers():
         f"celeba64-{name}" for name in ("gram", "gan", "mmdgan", "mmdgan-conv")}
     assert {name.removeprefix("lsun-") for name, row in rows.items() if row["set"] == "lsun"} == {
         f"{name}{width}" for name in ("mmd-rqdot", "mmd-dist", "cramer", "wgan-gp") for width in ("", "-16")
-    } | {"gamn", "wgan"}
+    } | {"gamn", "wgan", "gamn-wgan-gp"}
     assert set(FULL[imagenet]) == {"sn-smmd", "sn-smmd-bf16", "smmd", "sn-gan", "gram"}
     assert (rows["smmd"]["scale"], rows["sn-smmd"]["scale"], rows["sn-swgan"]["scale"]) == (0.1, 10, 10)
     assert all(row["adam"][0] == 2e-4 for row in FULL[imagenet].values())
@@ -174,6 +174,16 @@ def test_batches_gathered_ahead_train_the_same(monkeypatch):
     monkeypatch.setattr(common, "Batches", lambda *args: batches(*args, ahead=3))
     run(imagenet, *given, "--out", "ahead")
     assert same("direct/imagenet-sn-gan-s0", "ahead/imagenet-sn-gan-s0")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_threads_end_with_a_run_that_diverges(monkeypatch):
+    batches, made = common.Batches, []
+    monkeypatch.setattr(common, "Batches", lambda *args: made.append(batches(*args, ahead=3)) or made[-1])
+    monkeypatch.setattr(common, "gan_generator", lambda d_y: d_y.mean() * float("nan"))
+    with says("no run finished"):
+        run(celeba, "--method", "sn-gan", "--steps", 4, "--features", export("features-tiny.pt2"))
+    assert len(made) == 1 and made[0].coming
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 

@@ -117,9 +117,10 @@ def test_two_processes_train_one_run(folder):
     assert np.allclose((a + b) / 2, np.stack([log["loss_f"], log["loss_g"]], 1), rtol=1e-4, atol=1e-12)
 
 
-def test_a_process_that_dies_ends_the_others_and_resuming_goes_on(folder):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_others_and_resuming_goes_on(folder, rank):
     began = time.time()
-    done = torchrun("die", "--steps", 8, "--out", "parts", check=False)
+    done = torchrun(f"die{rank}", "--steps", 8, "--out", "parts", check=False)
     assert done.returncode and time.time() - began < 60
     words = [line for line in done.stderr.splitlines() if line.startswith("stopped")]
     assert len(words) == 1 and "--resume" in words[0]
@@ -133,6 +134,37 @@ def test_a_process_that_dies_ends_the_others_and_resuming_goes_on(folder):
         assert a.keys() == b.keys() and all(torch.equal(a[path], b[path]) for path in a)
     a, b = (common.read_log(f"{out}/{RUN}") for out in ("whole", "parts"))
     assert all(np.array_equal(a[name], b[name], equal_nan=True) for name in a if name != "seconds")
+
+
+def test_processes_end_when_torchrun_is_killed(folder):
+    typed = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    flags = ["train", "--steps", "100000", "--out", "killed"]
+    with open("killed.txt", "w") as words:
+        agent = subprocess.Popen([*typed, *flags], env=env, stdout=subprocess.DEVNULL, stderr=words)
+    wait_for(lambda: os.path.exists(f"killed/{RUN}/log.csv"))
+    agent.kill()
+    agent.wait()
+    wait_for(lambda: "stopped" in open("killed.txt").read())
+    time.sleep(2)
+    size = os.path.getsize(f"killed/{RUN}/log.csv")
+    time.sleep(1)
+    assert os.path.getsize(f"killed/{RUN}/log.csv") == size
+    assert open("killed.txt").read().count("stopped, as torchrun") == 1
+
+
+def wait_for(happened, seconds=60):
+    end = time.time() + seconds
+    while not happened():
+        assert time.time() < end
+        time.sleep(0.1)
+
+
+def test_a_gpu_s_number_is_refused(monkeypatch):
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    with says("--device cuda:1: expected cpu or cuda"):
+        common.join("cuda:1")
 
 
 def test_a_checkpoint_of_two_processes_is_refused_by_one(folder, monkeypatch):
@@ -175,7 +207,7 @@ def process(what, *flags):
             torch.save(seen, f"rank{rank}-{os.path.basename(folder)}.pt")
 
     def die(self, step, *args):
-        if what == "die" and rank == 1 and step == 6:
+        if what == f"die{rank}" and step == 6:
             os.kill(os.getpid(), signal.SIGKILL)
         means.setdefault(self.name, []).append((self.sums / self.sums[-1]).tolist())
         row(self, step, *args)

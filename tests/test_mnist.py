@@ -438,7 +438,7 @@ def test_networks_at_full_size():
     critics = [25 * (f + 2 * f * f + 8 * f * f + 32 * f * f) + 15 * f + (8 * f * 4 + 1) * out
                for f, out in ((16, 16), (64, 1))]
     assert counts["mmd-rqdot-16"] == (101 * 512 * 4 + deconvolutions, critics[0])
-    assert counts["smmd"] == (101 * 512 * 4 + deconvolutions, critics[1])
+    assert counts["smmd"] == (129 * 512 * 4 + deconvolutions, critics[1])
     assert counts["gamn"][0] == 129 * 256 * 16 + 25 * (256 * 128 + 128 * 64 + 64) + 2 * (256 + 128 + 64) + 1
     kinds = [type(layer).__name__ for layer in mnist.networks(FULL["gram"])[1]]
     assert kinds == ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d"] * 3 + ["Flatten", "Linear"]

@@ -371,6 +371,12 @@ def test_bfloat16_is_near_float32(start, size):
     assert all(1e-4 < (u - v).abs().max() / u.abs().max() < 2e-2 for u, v in zip(wanted[:2], near))
     assert all(nn.functional.cosine_similarity(u.flatten(), v.flatten(), 0) > 0.97
                for u, v in zip(wanted[2:4], near[2:4]))
+    kinds = {}
+    for layer in (*g, *f):
+        layer.register_forward_hook(lambda layer, _, out: kinds.update({layer: out.dtype}))
+    f(g(torch.rand(4, 8)))
+    last = {[layer for layer in network if common.count(layer)][-1] for network in (g, f)}
+    assert all((kinds[layer] == torch.float32) == (layer in last) for layer in kinds if common.count(layer))
 
 
 @pytest.mark.parametrize("script", [cifar, mnist, celeba, imagenet])

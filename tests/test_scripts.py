@@ -94,7 +94,7 @@ def test_every_row_of_cifar(capsys):
         row, folder = METHODS[method], f"runs/cifar-{method}-s0"
         assert sorted(os.listdir(folder)) == [
             "checkpoint.pt", "cifar.py", "common.py", "log.csv", "result.json", "samples-4.png",
-            "samples.npy", *(["singular-4.npz"] if "width" in row["nets"] else [])]
+            "samples.npy", *(["singular-4.npz"] if row["critic"] else [])]
         samples = np.load(f"{folder}/samples.npy")
         assert samples.shape == (20, 3, 32, 32) and samples.dtype == np.uint8 and samples.std() > 1
         log = common.read_log(folder)
@@ -377,8 +377,12 @@ def test_figures_of_trained_rows(monkeypatch, capsys):
         for name, weight in zip(kept_values.files, weights):
             assert np.allclose(kept_values[name], np.linalg.svd(weight, compute_uv=False), atol=1e-6)
         assert len(kept_values.files) == len(weights) == 8
-    with says("--figure singular: found gram, expected rows of seven-layer critics"):
-        run_cifar("--figure", "singular", "--method", "gram", "--features", features)
+    run_cifar("--figure", "singular", "--method", "gram", "--steps", 2, "--features", features)
+    with np.load("runs/cifar-gram-s0/singular-2.npz") as kept_values:
+        assert len(kept_values.files) == 4
+    with says("--figure singular: found mmdnet gmmn, expected rows that have a critic"):
+        run_cifar("--figure", "singular", "--method", "mmdnet", "gram", "gmmn", "--features", features)
+    assert not os.path.exists("runs/cifar-mmdnet-s0")
     for name in SWEPT:
         row, plain, value = FULL[name], FULL[name.split("-")[0]], re.search(r"[\d.]+$", name)[0]
         changed = {key for key in row.keys() | plain.keys() if row.get(key) != plain.get(key)} - {"paper"}
