@@ -11,6 +11,7 @@
                                                           the paper's incomplete Cholesky
     python tests/bench.py input --images 162770           celeba.py's sn-smmd with its images on the GPU, in
                                                           the page cache and on disk, of a file in --data
+    python tests/bench.py build --set imagenet64          an array from its folder, and its bare decoding
 
 Each in one process, so that the ratios hold. An update is the generator's with all of its critic's steps, but
 for MMD-GAN's bursts. "kernels" is the sum of the GPU kernels' own times, the floor of a run alone, "number"
@@ -18,6 +19,7 @@ how many they are. Updates and metrics are timed on random images, on which they
 the network is FID's with random weights.
 """
 import argparse
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -25,6 +27,7 @@ import time
 
 import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import celeba
@@ -246,6 +249,30 @@ def waiting(device, n, data):
     print(common.table(["images", "ms an update", "waiting"], rows))
 
 
+def decode(file):
+    """An image file's pixels, for nothing."""
+    with Image.open(file) as image:
+        image.convert("RGB")
+
+
+def build(name, data):
+    """Images a second of decoding the files of a set of FOLDERS, and of building its array from them."""
+    files, (side, *_) = common.folder_files(name, "train", data), common.FOLDERS[name]
+    cores, found = len(os.sched_getaffinity(0)), {}
+    with multiprocessing.Pool(cores) as pool:
+        pool.map(decode, files)                         # read once, so that both find them in memory
+        began = time.perf_counter()
+        pool.map(decode, files)
+        found["decoding"] = len(files) / (time.perf_counter() - began)
+    with tempfile.TemporaryDirectory(dir=data) as folder:
+        began = time.perf_counter()
+        common.build_array(f"{folder}/{name}-train.npy", files, side)
+        found["building"] = len(files) / (time.perf_counter() - began)
+    share = found["building"] / found["decoding"]
+    print(f"{cores} cores, {len(files):,} images: " + ", ".join(
+        f"{what} {rate:,.0f} images/s" for what, rate in found.items()) + f", {share:.0%} of it")
+
+
 class Images(torch.utils.data.Dataset):
     """As torch-fidelity takes images: items, not tuples."""
 
@@ -264,16 +291,19 @@ def main():
     names, raw = list(cifar.METHODS), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", nargs="?", default="methods", help="(methods)",
-                        choices=["methods", "metrics", "tf32", "gcmmd", "input"])
+                        choices=["methods", "metrics", "tf32", "gcmmd", "input", "build"])
     parser.add_argument("--images", type=int, default=50_000, metavar="N", help="of metrics, input (50,000)")
     parser.add_argument("--features", metavar="FILE", help="of tf32: a feature network, .pt2 or .pth")
-    parser.add_argument("--data", default="data", metavar="DIR", help="of tf32, gcmmd, input (data)")
+    parser.add_argument("--data", default="data", metavar="DIR", help="of tf32, gcmmd, input, build (data)")
+    parser.add_argument("--set", default="celeba178", choices=list(common.FOLDERS), help="(celeba178)")
     parser.add_argument("--method", nargs="+", default=names, choices=names, metavar="NAME", help="(all)")
     parser.add_argument("--eager", action="store_true", help="time updates that are not captured, too")
     parser.add_argument("--side", nargs="+", type=int, default=[], metavar="K", help="and K side by side")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
     parser.add_argument("--profile", action="store_true", help="list the kernels of an update")
     args = parser.parse_args()
+    if args.what == "build":
+        return build(args.set, args.data)
     device = common.setup(args.device)
     if args.what == "metrics":
         return metrics(device, args.images)
