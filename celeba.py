@@ -16,12 +16,13 @@ from contextlib import closing
 
 import torch
 from torch.nn.utils import parametrize
+from torchvision.transforms.functional import center_crop
 
 import common
 
 STEPS = 150_000             # Demystifying MMD GANs, Scaled MMD; GRAM and GAMN do not say
 BATCH = 64                  # of data and of samples, in all papers, on each GPU
-SIGMA = (1, 2, 4, 8, 16)    # bandwidths of Li et al. 2017, as GRAM's section 4 says; GRAMFlow: their squares
+SIGMA = (1, 2, 4, 8, 16)    # bandwidths of Li et al. 2017, GRAM, section 4; for GRAMFlow they are variances
 RBF = (2, 5, 10, 20, 40, 80)            # as variances GMMN's, and so GAMN's, "gmmn"
 ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its code has 0.1, 1, 10
 LAMBDA = 1.0                # GRAM, eq. 9
@@ -35,7 +36,7 @@ FINAL = 25_000              # to score at the end, Demystifying MMD GANs; Scaled
 KEEP = 1_000                # of them in samples.npy
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
-GRID_EVERY = 10_000         # and, with --features, scores
+GRID_EVERY = 10_000         # and, with a feature network, scores
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
 
 # The array of a set, the size of its crops that are trained on, the row that is trained if none is named.
@@ -149,7 +150,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
     before = common.gpu_memory(device)
     torch.manual_seed(seed)
     g, f, decoder = (network.to(device) if network else None for network in networks(row))
-    some = common.central(common.evenly(images, CODES), size)
+    some = center_crop(common.evenly(images, CODES), size)
     sampler = common.Sampler(g, nets, AVERAGE, 3).fit(some).to(device)
     rng = torch.Generator(device).manual_seed(common.own_seed(seed))
     kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))

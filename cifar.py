@@ -30,7 +30,7 @@ ADAPT = (10, 3, 0.1, 1e-6)              # floor: Demystifying MMD GANs, section 
 SAMPLES = 10_000            # to keep and to score, except with --table
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
-GRID_EVERY = 20_000         # and, with --features, scores; a row may have its own
+GRID_EVERY = 20_000         # and, with a feature network, scores; a row may have its own
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
 
 # Widths of generator and critic, size of their filters, norms behind the critic's first convolution and the
@@ -188,7 +188,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
     log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
     state = dict(g=g, opt_g=opt_g, game=game, sampler=sampler, rng=rng, log=log)
-    state |= dict(opt_f=opt_f) if f else {}
+    if f:
+        state["opt_f"] = opt_f
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
 
     def draw():
@@ -288,7 +289,7 @@ def main(argv=None):
     finished = common.train_runs(__file__, globals(), args, argv, device,
                                  lambda run: train(*run, args.steps, device, images, samples, judge))
     if args.figure == "neighbours":
-        shown = common.read_images(f"{finished[0][0][2]}/samples.npy")[:10]
+        shown = common.read_images(f"{finished[0][0].folder}/samples.npy")[:10]
         common.save_figure(figure, common.neighbours_figure(shown, images, judge))
 
 

@@ -4,8 +4,17 @@ Notation, the same in all files
     x ~ p   data [N, D]                    f   critic R^D -> R^K, a network or none
     y ~ q   samples y = g(z) [M, D]        g   generator, z its noise
     k       kernel, sigma its bandwidth    r   density ratio, one value a point
+    h       features f(x) [N, K]           J   Jacobians of f at points [N, K, D]
     K_xx, K_xy, K_yy   Gram matrices of f(x) and f(y): stacks [S, N, M], a slice for each bandwidth
     [..., N, D]        any leading dimensions: the mathematics serves a Stack of models as it serves one
+
+In four sentences. A kernel compares two sets of points through the Gram matrices of all their pairs: the
+squared MMD is the mean of K_xx plus the mean of K_yy minus twice the mean of K_xy; with a Gaussian kernel and
+all of p and q it is zero if and only if p = q.
+In the space of images no fixed kernel sees enough, so a critic f maps them to R^K first. An adversarial
+critic maximises the very MMD that the generator minimises, which is a saddle point. GRAM's critic maximises
+another quantity, the divergence between p and q that the density ratio in its space shows, so that matching
+them there matches them everywhere.
 
 Where each equation stands ("GRAM": Generative Ratio Matching Networks, ICLR 2020; "GAMN": Generative
 Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for MMD GANs, NeurIPS 2018)
@@ -32,18 +41,9 @@ Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for M
     sobolev_critic                                               Scaled MMD, appendix B
     frechet_distance, kid, inception_score   of features         Heusel et al. 2017; Demystifying MMD GANs
     similarity, relative_similarity   the three-sample test      Bounliphone et al. 2016
-
-In four sentences. A kernel compares two sets of points through the Gram matrices of all their pairs: the
-squared MMD is the mean of K_xx plus the mean of K_yy minus twice the mean of K_xy; with a Gaussian kernel and
-all of p and q it is zero if and only if p = q.
-In the space of images no fixed kernel sees enough, so a critic f maps them to R^K first. An adversarial
-critic maximises the very MMD that the generator minimises, which is a saddle point. GRAM's critic maximises
-another quantity, the divergence between p and q that the density ratio in its space shows, so that matching
-them there matches them everywhere.
 """
 import argparse
 import copy
-import csv
 import datetime
 import gc
 import glob
@@ -64,8 +64,10 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -80,7 +82,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import center_crop, gaussian_blur, pil_to_tensor
 
 # ------------------------------------------------------------------------------------------------------------
 # Kernels
@@ -154,7 +156,8 @@ def origin(points):
     """The mean of points [..., N, D] as a constant [..., 1, D], to be subtracted from all that a kernel sees.
 
     No MMD depends on the origin, not even the dot kernel's, and so nothing keeps a critic's features near it.
-    But sums of far larger numbers have nothing left of it in float32 (Binkowski et al. 2018, footnote 19).
+    But float32 has few digits left for differences of points that are far from it (Binkowski et al. 2018,
+    footnote 19).
     """
     return points.mean(-2, keepdim=True).detach()
 
@@ -166,22 +169,22 @@ def kernels(sigma, rbf, alpha, device=None, dtype=torch.float32):
     and "rq*", tuples.
     """
     sigma, rbf, alpha = (torch.tensor(v, dtype=dtype, device=device) for v in (sigma, rbf, alpha))
-    return {"li": lambda x, y: gaussian(x, y, sigma), "rbf": lambda x, y: gaussian(x, y, rbf),
-            "gmmn": lambda x, y: gaussian(x, y, rbf.sqrt()),
-            "rq": lambda x, y: rational_quadratic(x, y, alpha), "dot": dot,
-            "rq*": lambda x, y: torch.cat([rational_quadratic(x, y, alpha), dot(x, y)], -3),
+    rq = partial(rational_quadratic, alpha=alpha)
+    return {"li": partial(gaussian, sigma=sigma), "rbf": partial(gaussian, sigma=rbf),
+            "gmmn": partial(gaussian, sigma=rbf.sqrt()), "rq": rq, "dot": dot,
+            "rq*": lambda x, y: torch.cat([rq(x, y), dot(x, y)], -3),
             "distance": distance, "unit": unit_gaussian}
 
 
 def gram(kernel, x, y):
     """The three Gram matrices of two sets, from one evaluation of a kernel on both (GRAM, Algorithm 1).
 
-    x [..., N, D], y [..., M, D]; kernel from two sets of sizes n and m to [..., S, n, m]; their mean is the
-    origin. Returns K_xx [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M].
+    x [..., N, D], y [..., M, D]; kernel from two sets of sizes n and m to [..., S, n, m]; the origin is the
+    mean of the pooled sets. Returns K_xx [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M].
     """
-    both, sizes = torch.cat([x, y], -2), [x.shape[-2], y.shape[-2]]
-    both = both - origin(both)
-    rows_x, rows_y = kernel(both, both).split(sizes, -2)        # split, not slices: fewer launches backwards
+    pooled, sizes = torch.cat([x, y], -2), [x.shape[-2], y.shape[-2]]
+    pooled = pooled - origin(pooled)
+    rows_x, rows_y = kernel(pooled, pooled).split(sizes, -2)    # split, not slices: fewer launches backwards
     K_xx, K_xy = rows_x.split(sizes, -1)
     _, K_yy = rows_y.split(sizes, -1)
     return K_xx, K_xy, K_yy
@@ -336,9 +339,9 @@ def witness(kernel, t, x, y):
     Up to a factor the best critic in the kernel's space (Gretton et al. 2012, section 2.3; Scaled MMD, below
     eq. 1).
     """
-    both = torch.cat([x, y], -2)
-    centre = origin(both)
-    K_x, K_y = kernel(t - centre, both - centre).split([x.shape[-2], y.shape[-2]], -1)
+    pooled = torch.cat([x, y], -2)
+    centre = origin(pooled)
+    K_x, K_y = kernel(t - centre, pooled - centre).split([x.shape[-2], y.shape[-2]], -1)
     return (K_x.mean(-1) - K_y.mean(-1)).sum(-2)
 
 
@@ -399,14 +402,14 @@ def clip_weights(network, bound):
 
 
 def jacobian(f, x):
-    """f at points, and its Jacobians there, differentiable in f's weights: h [..., N, S], J [..., N, S, D].
+    """f at points, and its Jacobians there, differentiable in f's weights: h [..., N, K], J [..., N, K, D].
 
-    f from [..., N, *shape] to [..., N, S], each point by itself (so no batch norm in f), D the product of
-    shape. One backward pass for each of the S outputs.
+    f from [..., N, *shape] to [..., N, K], each point by itself (so no batch norm in f), D the product of
+    shape. One backward pass for each of the K outputs.
     """
     x = x.detach().requires_grad_()
     h = f(x)
-    rows = [torch.autograd.grad(h_s.sum(), x, create_graph=True)[0] for h_s in h.unbind(-1)]
+    rows = [torch.autograd.grad(h_k.sum(), x, create_graph=True)[0] for h_k in h.unbind(-1)]
     return h, torch.stack([row.flatten(h.ndim - 1) for row in rows], -2)
 
 
@@ -434,7 +437,7 @@ def activation_penalty(outputs):
 
 def norm_weights(network):
     """The parameters of a network's normalisation layers, on which GAMN puts its L1 and L2 penalties."""
-    kinds = nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm
+    kinds = nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d
     return [p for layer in network.modules() if isinstance(layer, kinds) for p in layer.parameters()]
 
 
@@ -456,7 +459,7 @@ def l2(weights):
 def smmd2(mmd2, J, lam):
     """Squared scaled MMD, mmd2 / (lam + k(x, x) + E|grad f(x)|^2): [...] (Scaled MMD, Proposition 5, eq. 11).
 
-    mmd2 [...] under the unit Gaussian kernel, for which k(x, x) = 1; J [..., N, S, D] Jacobians of f at data.
+    mmd2 [...] under the unit Gaussian kernel, for which k(x, x) = 1; J [..., N, K, D] Jacobians of f at data.
     """
     return mmd2 / (lam + 1 + J.square().sum((-2, -1)).mean(-1))
 
@@ -530,44 +533,45 @@ def unit_gaussian(x, y):
 
 
 def kernel_jet(a, b):
-    """The unit Gaussian kernel K with its first derivatives: a [..., N, S], b [..., M, S], see below.
+    """The unit Gaussian kernel k with its first derivatives: a [..., N, K], b [..., M, K], see below.
 
-    Returns [..., N, 1 + S, M, 1 + S]: entry [n, 0, m, 0] is K(a_n, b_m), [n, i, m, 0] its derivative in
+    Returns [..., N, 1 + K, M, 1 + K]: entry [n, 0, m, 0] is k(a_n, b_m), [n, i, m, 0] its derivative in
     coordinate i of a_n, [n, 0, m, j] in coordinate j of b_m, [n, i, m, j] in both.
     """
-    w = a[..., :, None, :] - b[..., None, :, :]                                         # [..., N, M, S]
-    K = (-0.5 * w.square().sum(-1)).exp()
+    w = a[..., :, None, :] - b[..., None, :, :]                                         # [..., N, M, K]
+    k = (-0.5 * w.square().sum(-1)).exp()
     one, identity = torch.ones_like(w[..., :1]), torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-    mixed = F.pad(identity, (1, 0, 1, 0))                                               # 0 for K itself
-    in_a, in_b = torch.cat([one, -w], -1), torch.cat([one, w], -1)                      # [..., N, M, 1 + S]
-    jet = K[..., None, None] * (in_a[..., :, None] * in_b[..., None, :] + mixed)
+    mixed = F.pad(identity, (1, 0, 1, 0))                                               # 0 for k itself
+    in_a, in_b = torch.cat([one, -w], -1), torch.cat([one, w], -1)                      # [..., N, M, 1 + K]
+    jet = k[..., None, None] * (in_a[..., :, None] * in_b[..., None, :] + mixed)
     return jet.transpose(-3, -2)
 
 
 def gradient_constrained_mmd2(h_x, h_y, h_m, J, lam):
     """Squared gradient-constrained MMD, exact, and its critic (Scaled MMD, Propositions 3 and 4).
 
-    h_x [..., N, S], h_y [..., M', S] features of data and samples; h_m [..., M, S] and J [..., M, S, D]
-    features and Jacobians at the points of mu, which are the data in the paper. Returns S^2 [...] and the
-    function from features h_t [..., T, S] to the critic's values [..., T], whose gradient under mu is held.
+    h_x [..., N, K], h_y [..., M', K] features of data and samples; h_m [..., M, K] and J [..., M, K, D]
+    features and Jacobians at the points of mu, which are the data in the paper. Returns the square [...] and
+    the function from features h_t [..., T, K] to the critic's values [..., T], whose gradient under mu is
+    held.
 
-    With delta = [eta; grad eta] at the points of mu and G their M (1 + D) Gram matrix of values and
-    derivatives, the paper has S^2 = (MMD^2 - delta^T (G + M lam I)^-1 delta) / lam. But k = K o f has its
-    derivatives through f: delta = B a and G = B A B^T, where a and A are the same in the S-dimensional space
-    of features, and B is block diagonal with blocks 1 and J_m^T. As B^T (B A B^T + c I)^-1 B = (N A + c I)^-1
-    N with N = B^T B, a block 1 and J_m J_m^T for each point, the M (1 + D) system is one of M (1 + S),
-    without any approximation or root. The paper's incomplete Cholesky took days on MNIST; its statement of
-    Proposition 4 lacks the 1 / M of mu, its proof has it.
+    With delta = [eta; grad eta], eta the witness, at the points of mu, G their M (1 + D) Gram matrix of
+    values and derivatives, and c = M lam, the paper has the square (MMD^2 - delta^T (G + c I)^-1 delta) /
+    lam. But k, a kernel of features f(x), has its derivatives through f: delta = B a and G = B A B^T, where a
+    and A are the same in the K-dimensional space of features, and B is block diagonal with blocks 1 and
+    J_m^T. As B^T (B A B^T + c I)^-1 B = (W A + c I)^-1 W with W = B^T B, a block 1 and J_m J_m^T for each
+    point, the M (1 + D) system is one of M (1 + K), without any approximation or root. The paper's incomplete
+    Cholesky took days on MNIST; its statement of Proposition 4 lacks the 1 / M of mu, its proof has it.
     """
     M = h_m.shape[-2]
-    A = kernel_jet(h_m, h_m).flatten(-2)                                    # [..., M, 1 + S, M (1 + S)]
+    A = kernel_jet(h_m, h_m).flatten(-2)                                    # [..., M, 1 + K, M (1 + K)]
     a = (kernel_jet(h_m, h_x)[..., 0].mean(-1)
-         - kernel_jet(h_m, h_y)[..., 0].mean(-1))                           # [..., M, 1 + S]
-    N = F.pad(J @ J.mT, (1, 0, 1, 0))                                       # [..., M, 1 + S, 1 + S]
-    N[..., 0, 0] = 1
-    NA, Na = (N @ A).flatten(-3, -2), (N @ a[..., None]).flatten(-3, -2)
-    identity = torch.eye(NA.shape[-1], dtype=NA.dtype, device=NA.device)
-    u = torch.linalg.solve_ex(NA + M * lam * identity, Na).result           # [..., M (1 + S), 1]
+         - kernel_jet(h_m, h_y)[..., 0].mean(-1))                           # [..., M, 1 + K]
+    W = F.pad(J @ J.mT, (1, 0, 1, 0))                                       # [..., M, 1 + K, 1 + K]
+    W[..., 0, 0] = 1
+    WA, Wa = (W @ A).flatten(-3, -2), (W @ a[..., None]).flatten(-3, -2)
+    identity = torch.eye(WA.shape[-1], dtype=WA.dtype, device=WA.device)
+    u = torch.linalg.solve_ex(WA + M * lam * identity, Wa).result           # [..., M (1 + K), 1]
 
     def critic(h_t):
         eta = witness(unit_gaussian, h_t, h_x, h_y)
@@ -603,7 +607,8 @@ def sobolev_critic(p, q, mu, spacing):
 # One row, one method: the losses of critic and generator that a row of a script's METHODS puts together
 # ------------------------------------------------------------------------------------------------------------
 
-SLOPED = ("smmd", "swgan", "gcmmd")     # distances that need the critic's slope at the data
+SLOPED = ("smmd", "swgan", "gcmmd")     # distances that need the critic's slope at the data; of sobolev,
+                                        # the critic's objective alone does
 
 
 @contextmanager
@@ -632,11 +637,16 @@ class Game(nn.Module):
     sobolev           wasserstein                         sobolev
     gan               gan_generator                       -gan_critic
 
-    Weights in a row, of what the critic holds itself by: penalty (kind, weight), kind gradient, l1, l2 or
-    l2-all; activation; autoencoder; feasible, which the generator has too. scale: the coefficient of smmd and
-    swgan; lam: gcmmd's, whose mu are the data; rho: sobolev's; data_mmd: the generator's loss has the mmd of
-    the points themselves. encode: samples are codes, f and decoder an autoencoder of the data that its own
-    loss trains (GMMN+AE).
+    row may have also
+    penalty           (kind, weight): gradient_penalty, l1 or l2 of norm_weights, l2-all of all weights
+    activation        weight of activation_penalty
+    autoencoder       weight of reconstruction by the decoder, at data and at samples
+    feasible          weight of feasible_set, which the generator's loss has too
+    scale, lam, rho   coefficient of smmd and swgan; of gcmmd, whose mu are the data; of sobolev
+    data_mmd          the generator's loss has the mmd of the points themselves
+    encode            samples are codes, f and decoder an autoencoder of the data, whose reconstruction alone
+                      is the critic's loss (GMMN+AE)
+
     f, decoder: networks or None; without f the points are the features. kernel: as in gram, or None. rng: for
     the points of the gradient penalty. Buffers: multiplier, sobolev's; loss, where a script keeps the last.
     """
@@ -736,6 +746,12 @@ class Game(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def covariance_root(covariance):
+    """A root F of a covariance F^T F, [D, D] to [D, D]; its negative eigenvalues, of rounding, become 0."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+
+
 def gaussian_fit(x, device=None):
     """Mean [D] of features [N, D] and a root F of their covariance F^T F, [R, D], both in float64.
 
@@ -750,8 +766,7 @@ def gaussian_fit(x, device=None):
         part = part.to(device).double() - centre
         total, square = total + part.sum(0), square + part.T @ part
     shift = total / len(x)
-    values, vectors = torch.linalg.eigh((square - len(x) * shift.outer(shift)) / (len(x) - 1))
-    return centre + shift, values.clamp(min=0).sqrt()[:, None] * vectors.T
+    return centre + shift, covariance_root((square - len(x) * shift.outer(shift)) / (len(x) - 1))
 
 
 def frechet_distance(a, b):
@@ -767,25 +782,25 @@ def frechet_distance(a, b):
     return float((m_a - m_b).square().sum() + F_a.square().sum() + F_b.square().sum() - 2 * overlap)
 
 
-def bootstrap_frechet_distance(x, fit, resamplings=10, seed=0, device=None):
+def bootstrap_frechet_distance(x, fit, resamplings=10, device=None):
     """Mean and std of frechet_distance() of as many features drawn with replacement from x [N, D] to fit.
 
     The protocol of Binkowski et al. 2018, section 5. Of N draws with replacement 63 % differ, so this is
     biased upward beyond the distance itself: compare it with scores of the same protocol only.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     values = [frechet_distance(gaussian_fit(x[torch.randint(len(x), (len(x),), generator=rng)], device), fit)
               for _ in range(resamplings)]
     return float(np.mean(values)), float(np.std(values))
 
 
-def censored_fit(mean, covariance, nodes=64):
+def censored_fit(mean, covariance):
     """gaussian_fit of ReLU(X), X ~ N(mean [D], covariance [D, D]): mean and root in float64, no sampling.
 
     With a = mean / s, s the standard deviations, and rho the correlations: E ReLU = s (a Phi(a) + phi(a)),
     E ReLU^2 = s^2 ((a^2 + 1) Phi(a) + a phi(a)), and since d^2 cov / d rho^2 = s_i s_j phi_2(a_i, a_j; rho)
     (Price's theorem), cov = s_i s_j (rho Phi(a_i) Phi(a_j) + int_0^rho (rho - u) phi_2(a_i, a_j; u) du), by
-    Gauss and Legendre's `nodes`, of which |rho| near 1 needs the more (Binkowski et al. 2018, appendix D.2,
+    64 nodes of Gauss and Legendre, of which |rho| near 1 needs the more (Binkowski et al. 2018, appendix D.2,
     take it from Rosenbaum 1961).
     """
     s = covariance.diagonal().sqrt()
@@ -794,13 +809,12 @@ def censored_fit(mean, covariance, nodes=64):
     found = a * Phi + phi
     rho = rho - rho.diag().diag()               # the diagonal has the closed form
     joint = rho * Phi.outer(Phi)
-    for t, w in zip(*np.polynomial.legendre.leggauss(nodes)):
+    for t, w in zip(*np.polynomial.legendre.leggauss(64)):
         u = rho * (t + 1) / 2
         density = (-(a.square()[:, None] - 2 * u * a.outer(a) + a.square()) / (2 * (1 - u * u))).exp()
         joint = joint + w / 2 * rho * (rho - u) * density / (2 * math.pi * (1 - u * u).sqrt())
     joint = joint + ((a.square() + 1) * Phi + a * phi - found.square()).diag()
-    values, vectors = torch.linalg.eigh(joint * s.outer(s))
-    return found * s, values.clamp(min=0).sqrt()[:, None] * vectors.T
+    return found * s, covariance_root(joint * s.outer(s))
 
 
 def kid(a, b, subsets=100, size=1000, seed=0, device=None):
@@ -1203,12 +1217,18 @@ def residual_critic(channels, widths, out, size=64):
 def image_networks(nets, row, channels, size):
     """Generator, critic and decoder of a row, None for what it has not, from a description of its networks.
 
-    nets: the widths g and f of dcgan_generator and dcgan_critic, with kernel and norms, each none, batch or
-    layer, or the width of SN-GAN's networks, or mlp, the widths of a generator of linear layers, and pooled,
-    those of a pooled_critic; start, if g are those of a residual_generator, and residual, if f are those of a
-    residual_critic; z; unit, if pixels are in [0, 1]; encoder, widths; bfloat16, if generator and critic are
-    Layers in it. row: critic, its outputs; spectral, learned or fixed; autoencoder; encode, if the generator
-    makes codes.
+    nets has z, the generator's inputs, kernel, norms, and one of
+    g, f              widths of dcgan_generator and dcgan_critic, or
+                      with start those of residual_generator, with residual those of residual_critic
+    width             of sngan_generator and sngan_critic
+    mlp, pooled       widths of a generator of linear layers, and of pooled_critic
+    mlp, encoder      with encode in the row: of a generator of codes, and of an autoencoder of linear layers
+    and may have
+    unit              pixels are in [0, 1] instead of [-1, 1]
+    bfloat16          generator and critic are Layers in it
+
+    norms: each none, batch or layer. row: critic, its outputs; spectral, learned or fixed; autoencoder and
+    encode, as in Game.
     """
     shape, z, out = (channels, size, size), nets["z"], row["critic"]
     last, kernel = nn.Sigmoid if "unit" in nets else nn.Tanh, nets["kernel"]
@@ -1385,26 +1405,18 @@ def evenly(images, n):
     return images[torch.arange(n, device=images.device) * len(images) // n]
 
 
-def central(images, side):
-    """The central squares of images [..., H, W], [..., side, side]: crop_images without chance."""
-    top, left = ((m - side) // 2 for m in images.shape[-2:])
-    return images[..., top:top + side, left:left + side]
-
-
 def on_device(images, device):
     """Images, uint8 [N, C, H, W], on a GPU if they take no more than half of what is free there, and says so.
 
     Else as they are: Batches gathers from them.
     """
-    size = images.nbytes
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        fits = size <= free / 2
-        print(f"{len(images):,} images, {size / 1e9:.2f} GB: " + (
-            "on the GPU" if fits else f"gathered from the file, as {free / 1e9:.1f} GB are free on the GPU"),
-            flush=True)
-        return images.to(device) if fits else images
-    return images
+    if device.type != "cuda":
+        return images
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = images.nbytes <= free / 2
+    where = "on the GPU" if fits else f"gathered from the file, as {free / 1e9:.1f} GB are free on the GPU"
+    print(f"{len(images):,} images, {images.nbytes / 1e9:.2f} GB: {where}", flush=True)
+    return images.to(device) if fits else images
 
 
 class Batches:
@@ -1605,11 +1617,9 @@ def central_square(path, side):
             grey = (np.asarray(image, np.int64) + 128) // 257
             image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
         left, top = (image.width - n) // 2, (image.height - n) // 2
-        image = image if image.mode == "RGB" else image.convert("RGB")
-        if n > side:
-            box = left, top, left + n, top + n
-            image, left, top = image.resize((side, side), Image.Resampling.BILINEAR, box), 0, 0
-        return np.asarray(image)[top:top + side, left:left + side].transpose(2, 0, 1)
+        box = left, top, left + n, top + n          # where n is the side, every pixel is copied
+        image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box)
+        return np.asarray(image).transpose(2, 0, 1)
 
 
 def folder_files(name, split, data):
@@ -1676,17 +1686,15 @@ def load_folders(name, splits, data):
         else:
             print(f"{path}: not built, {data}/{below} has no images of that split")
     together("barrier")
-    found, wanted = [], made(side)
-    for path in (path for path in paths if os.path.exists(path)):
+    wanted = made(side)
+    for path in filter(os.path.exists, paths):
         with suppress(OSError):
             with open(path.removesuffix("npy") + "json") as file:
                 how = json.load(file).get("images")
             if how != wanted:
                 sys.exit(f"{path}: found images made as {how!r}, expected {wanted!r}; "
                          "delete it to have it built anew, or name another folder with --data")
-    for path in paths:
-        found.append(read_array(path, (3, side, side), "r") if os.path.exists(path) else None)
-    return found
+    return [read_array(path, (3, side, side), "r") if os.path.exists(path) else None for path in paths]
 
 
 def made(side):
@@ -1736,12 +1744,14 @@ def build_array(path, files, side):
         """The chunks that have been built, each with its images that cannot be read."""
         with open(f"{tmp}.done") as file:
             first, *lines = file.read().split("\n")
+        if first != key:
+            return None
         found = {}
-        for line in lines if first == key else ():
+        for line in lines:
             with suppress(ValueError):          # cut off, or the disk was full
                 chunk, bad = json.loads(line)
                 found[chunk] = {int(row): why for row, why in bad.items()}
-        return found if first == key else None
+        return found
 
     def images(chunks):
         return sum(min(CHUNK, n - chunk * CHUNK) for chunk in chunks)
@@ -1804,61 +1814,7 @@ def build_array(path, files, side):
     print(f"{path}: {good:,} images, {good * size / 1e9:.2f} GB, {rate:,.0f} images/s", flush=True)
 
 
-SCORES = {"fd": 1, "kid": 1, "isc": -1}     # and the sign with which less is better
-DISTURBANCES = {"Gaussian noise": (0, 0.25, 0.5, 0.75), "Gaussian blur": (0, 1, 2, 4),     # as in TTUR's code
-                "black rectangles": (0, 0.25, 0.5, 0.75), "swirl": (0, 1, 2, 4),
-                "salt and pepper": (0, 0.1, 0.2, 0.3), "contamination": (0, 0.25, 0.5, 0.75, 1)}
-
-
-def disturb(images, kind, alpha, rng, others):
-    """uint8 images [N, C, H, W] with a disturbance of DISTURBANCES at level alpha; rng on their device.
-
-    Binkowski et al. 2018, appendix E, as Heusel et al. 2017, appendix A1, have them (bioinf-jku/TTUR,
-    FIDvsINC/fidutils.py, turns swirls either way and leaves a border of 3 pixels): alpha is the weight of
-    noise over [0, 255]; a Gaussian filter's std in pixels; the side of five black rectangles over the
-    image's; the strength of a swirl about the centre of extent 25 pixels; the share of pixels that turn black
-    or white; the share of images replaced by others [M, C, H, W].
-    """
-    n, _, height, width = images.shape
-
-    def uniform(*shape):
-        return torch.rand(shape, generator=rng, device=images.device)
-
-    if kind == "Gaussian noise":        # its extremes, over all images, become black and white
-        noise = torch.randn(images.shape, generator=rng, device=images.device)
-        low, high = noise.aminmax()
-        return ((1 - alpha) * images + alpha * 255 * (noise - low) / (high - low)).round().byte()
-    if kind == "Gaussian blur":
-        blur = torchvision.transforms.functional.gaussian_blur
-        return blur(images, 8 * alpha + 1, alpha) if alpha else images
-    if kind == "black rectangles":
-        side = round(alpha * height)
-        rows, columns = (torch.arange(m, device=images.device) for m in (height, width))
-        for _ in range(5):
-            top, left = ((uniform(n, 1) * (m - side + 1)).long() for m in (height, width))
-            inside = [(at >= edge) & (at < edge + side) for at, edge in ((rows, top), (columns, left))]
-            images = images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
-        return images
-    if kind == "swirl":
-        y, x = (torch.arange(m, device=images.device) - (m - 1) / 2 for m in (height, width))
-        radius = torch.hypot(x, y[:, None])
-        angle = torch.atan2(y[:, None], x) + alpha * torch.exp(-5 * radius / (math.log(2) * 25))
-        at = torch.stack([radius * angle.cos() * 2 / (width - 1),
-                          radius * angle.sin() * 2 / (height - 1)], -1).expand(n, -1, -1, -1)
-        found = F.grid_sample(images.float(), at, padding_mode="border", align_corners=True)
-        return found.round().byte()
-    if kind == "salt and pepper":
-        hit, salt = uniform(n, 1, height, width) < alpha, uniform(n, 1, height, width) < 0.5
-        return torch.where(hit, salt * images.new_tensor(255), images)
-    if kind == "contamination":
-        index = torch.randint(len(others), (n,), generator=rng, device=images.device)
-        taken = others[index.to(others.device)].to(images.device)
-        hit = torch.arange(n, device=images.device) < alpha * n
-        return torch.where(hit[:, None, None, None], taken, images)
-    raise ValueError(f"found the disturbance {kind!r}, expected one of {', '.join(DISTURBANCES)}")
-
-
-def read_array(path, shape=(3, None, None), mode="c"):
+def read_array(path, shape, mode="c"):
     """The uint8 array [N, *shape] of an .npy file, None for any size, as a tensor that maps the file.
 
     mode: "c", writable without any change of the file, or "r", which takes no memory of its own however large
@@ -2142,12 +2098,12 @@ def load_lenet(folder, device, epochs, batch, rate):
     return features
 
 
-def extract(features, images, device, batch=250):
+def extract(features, images, device):
     """Features [N, D] and logits [N, C] or None of uint8 images [N, C, H, W], on the CPU.
 
     Images of one channel are taken for grey ones.
     """
-    parts = images.tensor_split(math.ceil(len(images) / batch))      # nearly equal, never one image alone
+    parts = images.tensor_split(math.ceil(len(images) / 250))       # nearly equal, never one image alone
     found = [[out if out is None else out.float().cpu()
               for out in features(part.to(device).expand(-1, 3, -1, -1))] for part in parts]
     found, logits = zip(*found)
@@ -2180,7 +2136,7 @@ def reference_statistics(path, features, device, side=None):
         print(f"{kept}: built once, from the features of {path}", flush=True)
         try:
             images = read_images(path)
-            found, _ = extract(features, central(images, side) if side else images, device)
+            found, _ = extract(features, center_crop(images, side) if side else images, device)
         except RuntimeError as error:
             sys.exit(str(error))
         mean, root = gaussian_fit(found, device)
@@ -2383,8 +2339,9 @@ def averaged(*tensors):
 
 def share_rates(*optimizers):
     """Give the learning rates of the first process to all: it alone judges whether they adapt."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups if ranks()[1] > 1 else ():
+    if ranks()[1] == 1:
+        return
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         rate = torch.tensor(float(group["lr"]), dtype=torch.float64, device=group["params"][0].device)
         together("broadcast", rate, 0)
         set_rate(group, float(rate))
@@ -2678,41 +2635,48 @@ def constants(namespace):
     return json.loads(json.dumps(kept))
 
 
+Run = namedtuple("Run", "method seed folder settings")      # of open_runs
+
+
 def open_runs(out, script, namespace, methods, seeds, resume, device, figure=None):
     """Print a script's constants and make ready its runs' folders OUT/SCRIPT-METHOD-sSEED, sources copied in.
 
     script, namespace: the script's file and globals(), with METHODS; methods, seeds, resume: its flags.
     figure: the name of one for which all seeds of a method are one run, OUT/SCRIPT-figureNAME-METHOD.
-    Returns for each run (method, seed, folder, settings), the settings being what its checkpoint has to agree
-    with, all of its row but paper and every: one that does not exits with a message. Without resume an
-    earlier run's folder is kept as FOLDER-old-N. seed is a list of them all for a figure.
+    Returns a Run for each, its settings being what its checkpoint has to agree with, all of its row but paper
+    and every: one that does not exits with a message. Without resume an earlier run's folder is kept as
+    FOLDER-old-N. seed is a list of them all for a figure.
     """
     given = constants(namespace)
     show(**given, **machine(device))
-    sources = {os.path.basename(path): open(path, "rb").read() for path in (script, __file__)}
-    runs = []                           # read before their folder, if they stand in one, is put aside
+    # The sources are read before their folder, if they stand in one, is put aside.
+    runs, sources = [], {os.path.basename(path): open(path, "rb").read() for path in (script, __file__)}
     start = f"{out}/{os.path.basename(script).removesuffix('.py')}"
     groups = [list(range(seeds))] if figure else range(seeds)
     for method, seed in itertools.product(dict.fromkeys(methods), groups):
         folder = f"{start}-figure{figure}-{method}" if figure else f"{start}-{method}-s{seed}"
         row = {k: v for k, v in namespace["METHODS"][method].items() if k not in ("paper", "every")}
         settings = dict(given, method=method, row=row, seed=seed, device=device.type)
-        settings |= dict(processes=ranks()[1]) if ranks()[1] > 1 else {}
-        runs.append((method, seed, folder, json.loads(json.dumps(settings))))
-    for _, _, folder, settings in runs if resume else ():
-        kept = read_checkpoint(folder, settings)
-        done = "no checkpoint, begins" if kept is None else "goes on"
-        print(f"{folder}: {done} at update {kept['step'] if kept else 0:,}")
-    for _, _, folder, _ in () if ranks()[0] else runs:
-        make_folder(folder)
-        if os.path.exists(f"{folder}/checkpoint.pt") and not resume:
-            old = next(o for n in itertools.count(1) if not os.path.exists(o := f"{folder}-old-{n}"))
-            os.rename(folder, old)
-            os.mkdir(folder)
-            print(f"{folder} held an earlier run, which is now {old}; --resume would have gone on with it")
-        for name, text in sources.items():
-            with replacing(f"{folder}/{name}") as file:
-                file.write(text)
+        if ranks()[1] > 1:
+            settings["processes"] = ranks()[1]
+        runs.append(Run(method, seed, folder, json.loads(json.dumps(settings))))
+    if resume:
+        for _, _, folder, settings in runs:
+            kept = read_checkpoint(folder, settings)
+            done = "no checkpoint, begins" if kept is None else "goes on"
+            print(f"{folder}: {done} at update {kept['step'] if kept else 0:,}")
+    if ranks()[0] == 0:
+        for _, _, folder, _ in runs:
+            make_folder(folder)
+            if os.path.exists(f"{folder}/checkpoint.pt") and not resume:
+                old = next(o for n in itertools.count(1) if not os.path.exists(o := f"{folder}-old-{n}"))
+                os.rename(folder, old)
+                os.mkdir(folder)
+                print(f"{folder} held an earlier run, which is now {old}; --resume would have gone on "
+                      "with it")
+            for name, text in sources.items():
+                with replacing(f"{folder}/{name}") as file:
+                    file.write(text)
     together("barrier")
     return runs
 
@@ -2758,12 +2722,15 @@ def load(folder, state, settings):
     kept = read_checkpoint(folder, settings)
     if kept is None:
         return 0
-    own = kept["state"] | kept.get("generators", {ranks()[0]: {}})[ranks()[0]]
+    own = kept["state"]
+    if "generators" in kept:
+        own |= kept["generators"][ranks()[0]]
     for name, s in state.items():
         (s.set_state if isinstance(s, torch.Generator) else s.load_state_dict)(own[name])
-        for group in s.param_groups if isinstance(s, torch.optim.Optimizer) else ():
-            if torch.is_tensor(group["lr"]):            # loaded to the CPU, and left there by load_state_dict
-                group["lr"] = group["lr"].to(group["params"][0].device)
+        if isinstance(s, torch.optim.Optimizer):
+            for group in s.param_groups:
+                if torch.is_tensor(group["lr"]):        # loaded to the CPU, and left there by load_state_dict
+                    group["lr"] = group["lr"].to(group["params"][0].device)
     return kept["step"]
 
 
@@ -2792,13 +2759,13 @@ class Log:
 
     def start(self, step):
         """Start the clock at an update, and the file with the rows that it has up to there."""
-        rows = [["step", *self.columns, *self.readings, "seconds"]]
+        rows = [",".join(["step", *self.columns, *self.readings, "seconds"])]
         if step and os.path.exists(self.path):
-            with open(self.path, newline="") as file:
-                whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(rows[0])]
-            rows += [row for row in whole if int(row[0]) <= step]
+            with open(self.path) as file:
+                whole = [row for row in file.read().splitlines()[1:] if row.count(",") == rows[0].count(",")]
+            rows += [row for row in whole if int(row.split(",")[0]) <= step]
         with replacing(self.path) as file:
-            file.write("".join(",".join(row) + "\n" for row in rows).encode())
+            file.write("".join(row + "\n" for row in rows).encode())
         self.clock, self.shown = time.perf_counter(), (step, time.perf_counter())
 
     def add(self, *values):
@@ -2813,8 +2780,10 @@ class Log:
         self.sums += torch.stack([scalar(v).detach() for v in values] + [self.one])
 
     def row(self, step, readings=dict, shown=True):
-        """Write the means since the last row, and what readings() gives; FloatingPointError before that if a
-        mean is not finite."""
+        """Write the means since the last row, and what readings() gives.
+
+        Raises FloatingPointError before that if a mean is not finite.
+        """
         sums, now = np.array(averaged(self.sums)[0].tolist()), time.perf_counter()
         self.sums.zero_()
         self.unshown += sums
@@ -2852,10 +2821,8 @@ def log_head(columns):
 
 
 def read_log(folder):
-    """The columns of FOLDER/log.csv as {name: float array}, NaN where the method has no such scalar."""
-    with open(f"{folder}/log.csv", newline="") as file:
-        head, *rows = csv.reader(file)
-    return {name: np.array([float(row[i] or "nan") for row in rows]) for i, name in enumerate(head)}
+    """FOLDER/log.csv as an array with a field for each column, NaN where the method has no such scalar."""
+    return np.genfromtxt(f"{folder}/log.csv", delimiter=",", names=True, ndmin=1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2908,7 +2875,7 @@ def parse(parser, argv, figures, tables):
     figures: {name: defaults of other flags}; tables: {name: (samples, methods as one text)}, or with its
     updates for a third. What is trained already for a figure or a table is not trained again: resume is set.
     """
-    parser.set_defaults(figure=None, table=None)
+    parser.set_defaults(figure=None, table=None, samples=None)
     if figures:
         parser.add_argument("--figure", choices=list(figures), metavar="NAME", help=(
             f"draw {', '.join(figures)}; what has been trained for it is not trained again"))
@@ -2916,10 +2883,11 @@ def parse(parser, argv, figures, tables):
         parser.add_argument("--table", choices=list(tables), metavar="NAME", help=(
             f"train and score the methods of a paper's table: {', '.join(tables)}; likewise"))
     args = parser.parse_args(argv)
-    samples, methods, *steps = tables.get(args.table, (None, ""))
-    given = dict(method=methods.split()) if args.table else {}
-    given |= dict(steps=steps[0]) if steps else {}
-    parser.set_defaults(samples=samples, **given | figures.get(args.figure, {}))
+    if args.table:
+        samples, methods, *steps = tables[args.table]
+        parser.set_defaults(samples=samples, method=methods.split(), steps=steps[0] if steps else args.steps)
+    if args.figure:
+        parser.set_defaults(**figures[args.figure])
     args = parser.parse_args(argv)
     args.resume = args.resume or bool(args.figure or args.table)
     return args
@@ -2945,7 +2913,7 @@ def train_runs(script, namespace, args, argv, device, begin):
     results = train_all(runs, begin, typed)
     finished = list(ended(runs, results))
     for run, result in finished:
-        print(f"{run[2]}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(run[2])))}")
+        print(f"{run.folder}: {result['updates']:,} updates, {', '.join(sorted(os.listdir(run.folder)))}")
     if not all("fd" in result for _, result in finished):
         print(f"to score the samples: {typed}{'' if args.resume else ' --resume'}"
               f"{'' if args.features else ' --features FILE'}")
@@ -3001,7 +2969,7 @@ def train_all(runs, begin, command):
     """
     def kept(run):
         result = yield from begin(run)
-        write_json(f"{run[2]}/result.json", dict(result, command=command))
+        write_json(f"{run.folder}/result.json", dict(result, command=command))
         return result
 
     if ranks()[1] == 1:
@@ -3016,7 +2984,7 @@ def ended(runs, results):
     """
     for run, result in zip(runs, results):
         if isinstance(result, FloatingPointError):
-            print(f"{run[2]}: {result}")
+            print(f"{run.folder}: {result}")
         else:
             yield run, result
 
@@ -3265,10 +3233,10 @@ def neighbours_figure(samples, images, judge):
 
 
 def bias_figure(images, judge, kid_n, fid_n, dimension, m, estimates):
-    """Estimates over n, mean and std of so many: KID and Frechet distance of images and the judge's, of one
-    law, which only KID puts at 0, and FIDs of two censored normals whose estimates from m points are in the
-    wrong order.
+    """Mean and std of so many estimates over their number of points: what is biased, and what that does.
 
+    KID and Frechet distance from kid_n and fid_n of the images and of the judge's, which have one law: only
+    KID is 0 in the mean. FIDs from m points of two censored normals: their estimates are in the wrong order.
     Binkowski et al. 2018, Figure 1 (drawn with replacement, so that KID's mean is the biased squared MMD of
     the two sets themselves, a little above 0) and appendix D.2: P1 = ReLU(N(0, I)),
     P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)), Q = ReLU(N(1, I)), which is known exactly, Sigma = (4 / d) C C^T, C of
@@ -3301,15 +3269,68 @@ def bias_figure(images, judge, kid_n, fid_n, dimension, m, estimates):
     panel(second, "Fréchet distance of the same", fid_n, 0,
           lambda n: frechet_distance(gaussian_fit(draw(x, n)), gaussian_fit(draw(y, n))))
     zero = torch.zeros(dimension, dtype=torch.float64, device=device)
-    eye, C = torch.diag(zero + 1), torch.randn(dimension, dimension, generator=rng, device=device).double()
-    q = censored_fit(zero + 1, eye)
-    for name, mean, covariance in (("P1", zero, eye),
-                                   ("P2", zero + 1, 3.2 / dimension * C @ C.T + 0.2 * eye)):
+    one, C = torch.ones_like(zero), torch.randn(dimension, dimension, generator=rng, device=device).double()
+    eye = one.diag()
+    q = censored_fit(one, eye)
+    for name, mean, covariance in (("P1", zero, eye), ("P2", one, 3.2 / dimension * C @ C.T + 0.2 * eye)):
         root, shift = torch.linalg.cholesky(covariance).float(), mean.float()
         panel(third, f"FID of {name} and Q", m, frechet_distance(censored_fit(mean, covariance), q),
               lambda n: frechet_distance(
                   gaussian_fit((normal_noise(n, dimension, rng) @ root.T + shift).relu()), q))
     return figure
+
+
+SCORES = {"fd": 1, "kid": 1, "isc": -1}     # and the sign with which less is better
+DISTURBANCES = {"Gaussian noise": (0, 0.25, 0.5, 0.75), "Gaussian blur": (0, 1, 2, 4),     # as in TTUR's code
+                "black rectangles": (0, 0.25, 0.5, 0.75), "swirl": (0, 1, 2, 4),
+                "salt and pepper": (0, 0.1, 0.2, 0.3), "contamination": (0, 0.25, 0.5, 0.75, 1)}
+
+
+def disturb(images, kind, alpha, rng, others):
+    """uint8 images [N, C, H, W] with a disturbance of DISTURBANCES at level alpha; rng on their device.
+
+    Binkowski et al. 2018, appendix E, as Heusel et al. 2017, appendix A1, have them (bioinf-jku/TTUR,
+    FIDvsINC/fidutils.py, turns swirls either way and leaves a border of 3 pixels): alpha is the weight of
+    noise over [0, 255]; a Gaussian filter's std in pixels; the side of five black rectangles over the
+    image's; the strength of a swirl about the centre of extent 25 pixels; the share of pixels that turn black
+    or white; the share of images replaced by others [M, C, H, W].
+    """
+    n, _, height, width = images.shape
+
+    def uniform(*shape):
+        return torch.rand(shape, generator=rng, device=images.device)
+
+    if kind == "Gaussian noise":        # its extremes, over all images, become black and white
+        noise = torch.randn(images.shape, generator=rng, device=images.device)
+        low, high = noise.aminmax()
+        return ((1 - alpha) * images + alpha * 255 * (noise - low) / (high - low)).round().byte()
+    if kind == "Gaussian blur":
+        return gaussian_blur(images, 8 * alpha + 1, alpha) if alpha else images
+    if kind == "black rectangles":
+        side = round(alpha * height)
+        rows, columns = (torch.arange(m, device=images.device) for m in (height, width))
+        for _ in range(5):
+            top, left = ((uniform(n, 1) * (m - side + 1)).long() for m in (height, width))
+            inside = [(at >= edge) & (at < edge + side) for at, edge in ((rows, top), (columns, left))]
+            images = images.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0)
+        return images
+    if kind == "swirl":
+        y, x = (torch.arange(m, device=images.device) - (m - 1) / 2 for m in (height, width))
+        radius = torch.hypot(x, y[:, None])
+        angle = torch.atan2(y[:, None], x) + alpha * torch.exp(-5 * radius / (math.log(2) * 25))
+        at = torch.stack([radius * angle.cos() * 2 / (width - 1),
+                          radius * angle.sin() * 2 / (height - 1)], -1).expand(n, -1, -1, -1)
+        found = F.grid_sample(images.float(), at, padding_mode="border", align_corners=True)
+        return found.round().byte()
+    if kind == "salt and pepper":
+        hit, salt = uniform(n, 1, height, width) < alpha, uniform(n, 1, height, width) < 0.5
+        return torch.where(hit, salt * images.new_tensor(255), images)
+    if kind == "contamination":
+        index = torch.randint(len(others), (n,), generator=rng, device=images.device)
+        taken = others[index.to(others.device)].to(images.device)
+        hit = torch.arange(n, device=images.device) < alpha * n
+        return torch.where(hit[:, None, None, None], taken, images)
+    raise ValueError(f"found the disturbance {kind!r}, expected one of {', '.join(DISTURBANCES)}")
 
 
 def noise_figure(images, others, judge):
@@ -3322,13 +3343,13 @@ def noise_figure(images, others, judge):
     for axes, (kind, levels) in zip(figure.subplots(2, 3).flat, DISTURBANCES.items()):
         found = []
         for alpha in levels:
-            scores = clean
-            if alpha:
-                scores = judge.score(disturb(images, kind, alpha, rng, others))
+            scores = judge.score(disturb(images, kind, alpha, rng, others)) if alpha else clean
             shown = (f"{key} {scores[key]:<10.5g}" for key in SCORES if key in scores)
             print(f"{kind:<20}{alpha:<6}", *shown, flush=True)
             found.append(scores)
-        for key, sign in ((key, sign) for key, sign in SCORES.items() if key in clean):
+        for key, sign in SCORES.items():
+            if key not in clean:
+                continue
             values = sign * np.array([scores[key] for scores in found])
             low, high = values.min(), values.max()
             axes.plot(levels, (values - low) / (high - low), marker=".",

@@ -30,7 +30,7 @@ FINAL = 50_000              # to score at the end, as Scaled MMD
 KEEP = 5_000                # of them in samples.npy
 BOOTSTRAP, RESAMPLINGS = 50_000, 10     # of the distance, if so many are scored
 LOG_EVERY = 200
-GRID_EVERY = 10_000         # and, with --features, scores
+GRID_EVERY = 10_000         # and, with a feature network, scores
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
 
 # common.residual_generator and residual_critic name the sources; unit: pixels are in [0, 1], not [-1, 1]

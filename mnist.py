@@ -127,7 +127,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
     scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
     log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
     state = dict(g=g, opt_g=opt_g, game=game, rng=rng, log=log)
-    state |= dict(opt_f=opt_f) if f else {}
+    if f:
+        state["opt_f"] = opt_f
     K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
 
     def draw(n):

@@ -136,11 +136,7 @@ def train(method, members, folder, settings, steps, device):
     log = common.Log(folder, COLUMNS, steps, device)
     table_1 = nn.Module()       # the MMDs to average, a part of the checkpoint
     table_1.register_buffer("mmd", torch.zeros(AVERAGE // AVERAGE_EVERY, B, device=device))
-    sigma = torch.tensor(row.get("sigma", SIGMA), device=device)
-
-    def kernel(a, b):
-        return common.gaussian(a, b, sigma)
-
+    kernel = partial(common.gaussian, sigma=torch.tensor(row.get("sigma", SIGMA), device=device))
     game = common.Game(row, f, decoder, kernel, rng).to(device)
     opt_g = common.optimizer(g, row.get("adam"), row.get("rmsprop"))
     state = dict(g=g, opt_g=opt_g, rng=rng, log=log, table_1=table_1)
@@ -224,9 +220,8 @@ def coverage(y, centres, std):
 
 def average_mmd(sets):
     """Table 1's MMD of each member, eq. 4: points [B, n, 2] of data and samples to [B]."""
-    sigma = torch.tensor(GAMN_SIGMA, device=sets["x"].device)
-    return torch.stack([common.mmd(*common.gram(lambda a, b: common.gaussian(a, b, sigma), x, y))
-                        for x, y in zip(sets["x"], sets["y"])])
+    kernel = partial(common.gaussian, sigma=torch.tensor(GAMN_SIGMA, device=sets["x"].device))
+    return torch.stack([common.mmd(*common.gram(kernel, x, y)) for x, y in zip(sets["x"], sets["y"])])
 
 
 def figure_1(folder, method, result):
@@ -485,8 +480,8 @@ def main(argv=None):
         print(f"{method}, runs: {len(own)}; parameters of a generator: {g}, critic: {f}, decoder: {decoder}")
     print(common.log_head(COLUMNS))
     typed = common.command(__file__, argv)
-    results = common.train_all(
-        runs, lambda run: train(run[0], members(run[1]), *run[2:], args.steps, device), typed)
+    results = common.train_all(runs, lambda run: train(
+        run.method, members(run.seed), run.folder, run.settings, args.steps, device), typed)
 
     done = []
     for (method, _, folder, _), result in common.ended(runs, results):

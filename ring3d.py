@@ -9,6 +9,7 @@ log.csv, checkpoint.pt, result.json.
 """
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -71,19 +72,16 @@ def train(method, seed, folder, settings, steps, device):
         opt_f = common.optimizer(critic, row.get("adam"), row.get("rmsprop"))
         state |= dict(critic=critic, opt_f=opt_f)
     centres = common.ring_centres(MODES, RADIUS).to(device)
-    sigma = torch.tensor(SIGMA, device=device)
+    kernel = partial(common.gaussian, sigma=torch.tensor(SIGMA, device=device))
 
     def data(n, rng):
         plane = common.draw_mixture(centres, STD, n, rng)
         return tilt(torch.cat([plane, STD_3 * common.normal_noise(n, 1, rng)], 1))
 
-    def gram(h_x, h_y):
-        return common.gram(lambda a, b: common.gaussian(a, b, sigma), h_x, h_y)
-
     def update():
         x, y = data(BATCH, rng), g(common.normal_noise(BATCH, Z, rng))
         if method == "gram":        # Algorithm 1: one forward pass, one K, both gradients, both steps
-            K_all = gram(f(x), f(y))
+            K_all = common.gram(kernel, f(x), f(y))
             objective, r = common.gram_objective(*K_all, row["form"], RIDGE, LAMBDA)
             loss_g = common.mmd2(*K_all)
             common.descend((opt_f, -objective), (opt_g, loss_g))
@@ -95,7 +93,7 @@ def train(method, seed, folder, settings, steps, device):
             common.descend((opt_g, loss_g))
             log.add(loss_f, loss_g, None, None)
         elif method == "mmdnet":
-            loss_g = common.mmd(*gram(x, y))
+            loss_g = common.mmd(*common.gram(kernel, x, y))
             common.descend((opt_g, loss_g))
             log.add(None, loss_g, None, None)
         else:                       # Li et al. 2017, Algorithm 1: the critic maximises, held by three terms
@@ -104,11 +102,12 @@ def train(method, seed, folder, settings, steps, device):
                 h_a, h_b = f(a), f(b)
                 loss_f = (AUTOENCODER * (common.reconstruction(a, decoder(h_a))
                                          + common.reconstruction(b, decoder(h_b)))
-                          - common.mmd(*gram(h_a, h_b)) - FEASIBLE * common.feasible_set(h_a, h_b))
+                          - common.mmd(*common.gram(kernel, h_a, h_b))
+                          - FEASIBLE * common.feasible_set(h_a, h_b))
                 common.descend((opt_f, loss_f))
                 common.clip_weights(f, CLIP)
             h_x, h_y = f(x), f(y)
-            loss_g = common.mmd(*gram(h_x, h_y)) + FEASIBLE * common.feasible_set(h_x, h_y)
+            loss_g = common.mmd(*common.gram(kernel, h_x, h_y)) + FEASIBLE * common.feasible_set(h_x, h_y)
             common.descend((opt_g, loss_g))
             log.add(loss_f, loss_g, None, None)
 

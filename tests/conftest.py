@@ -64,8 +64,8 @@ def kept(folder):
     """All tensors of a run's checkpoint but the clock's, and its log without the times."""
     state = torch.load(f"{folder}/checkpoint.pt", weights_only=True)
     log = common.read_log(folder)
-    log.pop("seconds")
-    return state["step"], common.tensors(state["state"]), {name: rows.tolist() for name, rows in log.items()}
+    log = {name: log[name].tolist() for name in log.dtype.names if name != "seconds"}
+    return state["step"], common.tensors(state["state"]), log
 
 
 def same(a, b):

@@ -37,7 +37,7 @@ def test_threads_give_the_batches_of_the_direct_path():
     direct = common.Batches(images, 16, 3, cpu)
     ahead = common.Batches(images, 16, 3, cpu, ahead=3)
     first = taken(direct, 12)
-    assert taken(ahead, 12) == first and threads() and ahead.waited > 0 and direct.waited == 0
+    assert taken(ahead, 12) == first and threads() and direct.waited == 0
     state = dict(batches=ahead)
     with common.restoring(state):
         assert taken(ahead, 2) == taken(direct, 2)
@@ -136,4 +136,3 @@ def test_crops_by_hand():
     assert not torch.equal(found, common.crop_images(images, side, rng(1)))
     square = images[:, :, :5]
     assert common.crop_images(square, 5, rng()) is square
-    assert torch.equal(common.central(images, side), images[:, :, 2:5, 1:4])
