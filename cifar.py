@@ -89,7 +89,7 @@ METHODS = {
     "mmd-rq":       dict(MMD, **ONE, kernel="rq"),
     "mmd-rbf":      dict(MMD, **ONE, kernel="rbf"),
     "mmd-dot":      dict(MMD, **ONE, kernel="dot"),
-    "mmd-dist":     dict(FAR, activation=1e-4, paper="6.39, 40.25, .028"),              # activation: footnote 19
+    "mmd-dist":     dict(FAR, activation=1e-4, paper="6.39, 40.25, .028"),          # activation: footnote 19
     "cramer":       dict(FAR, distance="cramer", paper="6.39, 40.27, .028"),
     "wgan-gp":      dict(MMD, **TEN, **OFTEN, critic=1, distance="wasserstein", paper="6.53, 37.52, .026"),
     "gamn":         dict(GAMN, **TEN, **OFTEN, paper="6.44"),                           # eq. 7
