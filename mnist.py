@@ -25,7 +25,8 @@ ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its 
 LAMBDA = 1.0                # GRAM, eq. 9
 ENCODE, ENCODE_BATCH = 10_000, 100      # steps of GMMN+AE's autoencoder, all at first; GMMN's go by layers
 ADAPT_EVERY, CODES = 500, 2_048         # of rates that adapt by so many samples: Demystifying MMD GANs,
-ADAPT = (10, 3, 0.1, 1e-6)              # section 5 (Scaled MMD 2,000); the code's window, patience, level, floor
+ADAPT = (10, 3, 0.1, 1e-6)              # section 5; window, patience, level and floor: its code's scorer.py.
+                                        # Scaled MMD, section 4, has 2,000 updates in place of 500
 SAMPLES = 10_000            # to keep and to score, but for --table
 BOOTSTRAP, RESAMPLINGS = 100_000, 10    # of the distance, if so many are scored; as Demystifying MMD GANs
 LENET_EPOCHS, LENET_BATCH, LENET_RATE = 2, 64, 2e-3     # ours: 99.3 % of the test images, as the tutorial's
