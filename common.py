@@ -1617,9 +1617,11 @@ def central_square(path, side):
             grey = (np.asarray(image, np.int64) + 128) // 257
             image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
         left, top = (image.width - n) // 2, (image.height - n) // 2
-        box = left, top, left + n, top + n          # where n is the side, every pixel is copied
-        image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box)
-        return np.asarray(image).transpose(2, 0, 1)
+        image = image if image.mode == "RGB" else image.convert("RGB")      # which would copy it
+        if n > side:
+            box = left, top, left + n, top + n
+            image, left, top = image.resize((side, side), Image.Resampling.BILINEAR, box), 0, 0
+        return np.asarray(image)[top:top + side, left:left + side].transpose(2, 0, 1)
 
 
 def folder_files(name, split, data):
@@ -1648,11 +1650,12 @@ def folder_files(name, split, data):
         number = {file: int(stem) if stem.isdecimal() else 0 for file, stem in zip(files, stems)}
         (first, last), (_, whole) = CELEBA[split], CELEBA["test"]
         odd = [os.path.basename(file) for file in files if not 1 <= number[file] <= whole]
+        found = len(files) - len(odd)
         if odd and split == "train":
             print(f"{folder}: left out {len(odd):,} images whose names are no numbers from 1 to {whole:,}, "
                   f"{odd[0]} the first")
-        if len(files) - len(odd) < whole and split == "train":
-            print(f"{folder}: found {len(files) - len(odd):,} of CelebA's {whole:,} images")
+        if found < whole and split == "train":
+            print(f"{folder}: found {found:,} of CelebA's {whole:,} images")
         return sorted((file for file in files if first <= number[file] <= last), key=number.get)
     if name == "lsun64":
         each = max(10, len(files) // HELD_OUT)
@@ -1729,6 +1732,11 @@ def build_rows(tmp, files, side, chunks, taken, parent):
             done.write(b"\n" + json.dumps([chunks[turn], bad]).encode())     # one write: whole or not there
 
 
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def build_array(path, files, side):
     """Build PATH, uint8 [N, 3, side, side], from image files by central_square, a worker process a core.
 
@@ -1764,13 +1772,12 @@ def build_array(path, files, side):
             file.write(key)
         built = {}
     left = [chunk for chunk in range(-(-n // CHUNK)) if chunk not in built]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"     # fork: no new imports
     context = multiprocessing.get_context(kind)
     taken = context.Value("q", 0)
     given = (tmp, files, side, left, taken, os.getpid())
     workers = [context.Process(target=build_rows, args=given, daemon=True)
-               for _ in range(min(cores, len(left)))]
+               for _ in range(min(cores(), len(left)))]
     before, began, shown = images(built), time.perf_counter(), time.perf_counter()
     print(f"{path}: built once, {n:,} images by {len(workers)} processes"
           + (f", {before:,} of them from before" if before else ""), flush=True)

@@ -258,8 +258,8 @@ def decode(file):
 def build(name, data):
     """Images a second of decoding the files of a set of FOLDERS, and of building its array from them."""
     files, (side, *_) = common.folder_files(name, "train", data), common.FOLDERS[name]
-    cores, found = len(os.sched_getaffinity(0)), {}
-    with multiprocessing.Pool(cores) as pool:
+    found = {}
+    with multiprocessing.Pool(common.cores()) as pool:
         pool.map(decode, files)                         # read once, so that both find them in memory
         began = time.perf_counter()
         pool.map(decode, files)
@@ -269,7 +269,7 @@ def build(name, data):
         common.build_array(f"{folder}/{name}-train.npy", files, side)
         found["building"] = len(files) / (time.perf_counter() - began)
     share = found["building"] / found["decoding"]
-    print(f"{cores} cores, {len(files):,} images: " + ", ".join(
+    print(f"{common.cores()} cores, {len(files):,} images: " + ", ".join(
         f"{what} {rate:,.0f} images/s" for what, rate in found.items()) + f", {share:.0%} of it")
 
 

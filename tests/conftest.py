@@ -1,6 +1,7 @@
 """What several test files use."""
 import os
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -22,6 +23,14 @@ def says(*parts):
         yield
     text = str(end.value)
     assert len(text.splitlines()) <= 2 and all(part in text for part in parts), text
+
+
+def wait_for(happened, seconds=60):
+    """Wait until happened() is true, which another process sees to."""
+    deadline = time.time() + seconds
+    while not happened():
+        assert time.time() < deadline
+        time.sleep(0.02)
 
 
 class Features(nn.Module):

@@ -136,3 +136,4 @@ def test_crops_by_hand():
     assert not torch.equal(found, common.crop_images(images, side, rng(1)))
     square = images[:, :, :5]
     assert common.crop_images(square, 5, rng()) is square
+    assert torch.equal(common.center_crop(images, side), images[:, :, 2:5, 1:4])

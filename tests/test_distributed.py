@@ -18,11 +18,13 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import celeba  # noqa: E402
 import common  # noqa: E402
-from conftest import export, kept, says  # noqa: E402
+from conftest import export, kept, says, wait_for  # noqa: E402
 from test_celeba import METHODS, SMALL  # noqa: E402
 
 ROWS = ("sn-smmd", "mmd-rqdot", "sobolev", "celeba64-gram", "celeba64-mmdgan")
 RUN = "celeba-sn-smmd-s0"
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 
 def block(method, number):
@@ -51,9 +53,8 @@ def block(method, number):
 
 def torchrun(*args, check=True):
     """This file in two processes on the CPU."""
-    typed = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    done = subprocess.run([*typed, *map(str, args)], capture_output=True, text=True, timeout=120, env=env)
+    done = subprocess.run([*LAUNCH, *map(str, args)], capture_output=True, text=True, timeout=120,
+                          env=ENVIRONMENT)
     assert not check or done.returncode == 0, done.stderr
     return done
 
@@ -138,11 +139,9 @@ def test_a_process_that_dies_ends_the_others_and_resuming_goes_on(folder, rank):
 
 
 def test_processes_end_when_torchrun_is_killed(folder):
-    typed = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    env = dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    flags = ["train", "--steps", "100000", "--out", "killed"]
+    given = [*LAUNCH, "train", "--steps", "100000", "--out", "killed"]
     with open("killed.txt", "w") as words:
-        agent = subprocess.Popen([*typed, *flags], env=env, stdout=subprocess.DEVNULL, stderr=words)
+        agent = subprocess.Popen(given, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=words)
     wait_for(lambda: os.path.exists(f"killed/{RUN}/log.csv"))
     agent.kill()
     agent.wait()
@@ -152,13 +151,6 @@ def test_processes_end_when_torchrun_is_killed(folder):
     time.sleep(1)
     assert os.path.getsize(f"killed/{RUN}/log.csv") == size
     assert open("killed.txt").read().count("stopped, as torchrun") == 1
-
-
-def wait_for(happened, seconds=60):
-    end = time.time() + seconds
-    while not happened():
-        assert time.time() < end
-        time.sleep(0.1)
 
 
 def test_a_gpu_s_number_is_refused(monkeypatch):

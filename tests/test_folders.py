@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import common
-from conftest import says
+from conftest import says, wait_for
 
 ROOT = os.path.dirname(os.path.abspath(common.__file__))
 LONG, SHORT = 218, 178
@@ -232,10 +232,7 @@ def test_kill_9_while_the_array_is_built(celeba):
     typed = [sys.executable, "-c", BUILD.format(root=ROOT)]
     script = subprocess.Popen(typed, stdout=subprocess.PIPE, text=True)
     noted = "data/celeba178-train.npy.tmp.done"
-    deadline = time.time() + 60
-    while not os.path.exists(noted) or len(open(noted).readlines()) < 4:
-        assert time.time() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: os.path.exists(noted) and len(open(noted).readlines()) >= 4)
     script.send_signal(signal.SIGKILL)
     script.stdout.read()                # ends when the last worker has ended
     script.wait()
@@ -306,4 +303,6 @@ def test_progress(celeba, capsys, monkeypatch):
     load()
     printed = capsys.readouterr().out
     assert "built once, 7 images by" in printed and " images/s, " in printed and " left" in printed
-    assert "\ndata/celeba178-train.npy: " in printed
+    found, first, *_ = printed.splitlines()
+    assert found.endswith(": found 7 of CelebA's 202,599 images")
+    assert first.startswith("data/celeba178-train.npy: ")

@@ -89,7 +89,8 @@ def test_every_row(capsys):
                  for name in ("opt_g", "opt_f")}
         critic = {2.0} if "encode" in row else {4.0} if row["critic"] else set()
         assert taken == {"opt_g": {4.0}, "opt_f": critic}, method
-    assert "\nruns/mnist-curves.png\n" in printed and "9.11, 4.206, .005" in printed
+    digits = [f"runs/mnist-{name}-s0/figure8.png" for name in ("gram", "gram-clip", "gram-swap")]
+    assert printed.splitlines()[-4:] == ["runs/mnist-curves.png", *digits] and "9.11, 4.206, .005" in printed
 
 
 def test_the_table_and_the_figure(capsys, monkeypatch):
