@@ -116,6 +116,7 @@ METHODS |= {
 METHODS |= {f"{name}-16": dict(METHODS[name], nets="dcgan16", paper=paper) for name, paper in {
     "lsun-mmd-rqdot": "3.13, 86.47, .091", "lsun-mmd-dist": "3.42, 104.85, .109",
     "lsun-cramer": "3.46, 122.03, .132", "lsun-wgan-gp": "2.40, 292.77, .370"}.items()}
+METHODS |= common.released(METHODS, {"resnet": "columns", "dcgan": "columns", "dcgan16": "columns"})
 METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 
 # The rows of a paper's table and its number of samples, ours for GRAM

@@ -125,6 +125,7 @@ METHODS |= {f"{name}-16": dict(METHODS[name], nets="dcgan16", paper=paper) for n
     "mmd-dist": "4.53, 80.48, .061", "cramer": "4.67, 74.93, .060", "wgan-gp": "3.15, 147.09, .116"}.items()}
 METHODS |= {f"{name}-300": dict(METHODS[name], batch=300, paper=paper) for name, paper in {
     "mmdgan": "5.43", "mmdgan-noae": "5.15", "mmdgan-nofsr": "3.68", "mmdgan-plain": "3.87"}.items()}
+METHODS |= common.released(METHODS, {"dcgan": "columns", "dcgan16": "columns", "sngan": "pixels"})
 
 # GRAM, Figure 5: {axis: {row: its place there}}; the paper's values of a and b are not in its text
 SWEEPS = {

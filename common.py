@@ -413,17 +413,30 @@ def jacobian(f, x):
     return h, torch.stack([row.flatten(h.ndim - 1) for row in rows], -2)
 
 
-def gradient_penalty(s, x, y, a):
+AXES = {"gradient": None, "columns": -2, "pixels": -3}      # of gradient_penalty, by the names that rows use
+
+
+def gradient_penalty(s, x, y, a, axis=None):
     """mean((|grad s| - 1)^2) at points between data and samples: [...]; subtract it from what f maximises.
 
     x and y [..., N, *shape]; a ~ U[0, 1], [..., N], one a point, at a x + (1 - a) y. s from points to
     [..., N]: f itself (WGAN-GP, Gulrajani et al. 2017, eq. 3), the sum of its outputs (GAMN, eq. 7), or the
-    witness (Demystifying MMD GANs, section 3). The norm is that of the whole point; GAMN's eq. 7 to 10 print
-    the penalty with the sign that would raise it. At a gradient of 0 its slope is 0, not NaN.
+    witness (Demystifying MMD GANs, section 3). The norm is that of the whole point, as in all papers; GAMN's
+    eq. 7 to 10 print the penalty with the sign that would raise it. At a gradient of 0 its slope is 0, not
+    NaN.
+
+    axis: of images [C, H, W]; each line along it has a norm of its own, the mean is over all lines too. So it
+    is in released code: -2, columns, in mbinkowski/MMD-GAN, gan/core/model.py; -3, pixels, in Scaled-MMD-GAN.
+    An image of n lines, each with a slope of 1, has a slope of sqrt(n): where the distance is in proportion
+    to the slope (dot, distance, Wasserstein's) this is about the paper's penalty with 1 / sqrt(n) of the
+    weight.
     """
-    a = a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
-    _, J = jacobian(lambda t: s(t).unsqueeze(-1), a * x + (1 - a) * y)
-    return (torch.linalg.vector_norm(J, dim=(-2, -1)) - 1).square().mean(-1)
+    A = a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
+    between = A * x + (1 - A) * y
+    _, J = jacobian(lambda t: s(t).unsqueeze(-1), between)
+    if axis is not None:
+        J = J.view(between.shape).movedim(axis, -1).flatten(a.ndim, -2)
+    return (torch.linalg.vector_norm(J, dim=-1) - 1).square().mean((-2, -1))
 
 
 def activation_penalty(outputs):
@@ -638,7 +651,8 @@ class Game(nn.Module):
     gan               gan_generator                       -gan_critic
 
     row may have also
-    penalty           (kind, weight): gradient_penalty, l1 or l2 of norm_weights, l2-all of all weights
+    penalty           (kind, weight): one of AXES, gradient_penalty, or l1, l2 of norm_weights, l2-all of all
+                      weights
     activation        weight of activation_penalty
     autoencoder       weight of reconstruction by the decoder, at data and at samples
     feasible          weight of feasible_set, which the generator's loss has too
@@ -693,9 +707,9 @@ class Game(nn.Module):
             return witness(self.kernel, h, h_x, h_y) if self.kind == "mmd2" else h.sum(-1)
 
         kind, weight = self.row["penalty"]
-        if kind == "gradient":
+        if kind in AXES:
             a = torch.rand(h_x.shape[:-1], generator=self.rng, device=x.device)
-            return weight * gradient_penalty(lambda t: best(self.f(t)), x, y, a)
+            return weight * gradient_penalty(lambda t: best(self.f(t)), x, y, a, AXES[kind])
         norm, weights = {"l1": (l1, norm_weights(self.f)), "l2": (l2, norm_weights(self.f)),
                          "l2-all": (l2, self.f.parameters())}[kind]
         return weight / h_x[..., 0, 0].numel() * norm(weights)      # that of all of a Stack, shared out
@@ -3122,6 +3136,15 @@ def curves_figure(finished, panels):
         axes.set_xlabel(over, fontsize=8)
         axes.tick_params(labelsize=7, which="both")
     return figure
+
+
+def released(methods, axes):
+    """Rows with a gradient penalty once more, as NAME-AXIS, with the norm that the released code has.
+
+    methods: {name: row}; axes {row["nets"]: name in AXES, columns or pixels}.
+    """
+    return {f"{name}-{axis}": dict(row, penalty=(axis, row["penalty"][1])) for name, row in methods.items()
+            if row.get("penalty", "")[:1] == ("gradient",) and (axis := axes.get(row["nets"]))}
 
 
 def swept(row, axis, value):

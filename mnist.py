@@ -91,6 +91,7 @@ METHODS = {
     "gcmmd":        dict(SCALED, distance="gcmmd", lam=0.1),                            # Proposition 4
     "sn-gcmmd":     dict(SCALED, distance="gcmmd", lam=0.1, spectral="learned"),
 }
+METHODS |= common.released(METHODS, {"dcgan16": "columns"})
 METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 
 # The rows of a paper's table, its number of samples, updates: the paper's are 50,000

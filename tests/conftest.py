@@ -141,12 +141,13 @@ def by_hand(row, f, decoder, x, y, a):
                 if isinstance(layer, (torch.nn.LeakyReLU, torch.nn.Linear)):
                     loss_f = loss_f + row["activation"] * t.square().mean()
     name, weight = row.get("penalty", (None, 0))
-    if name == "gradient":
+    if name in ("gradient", "columns", "pixels"):
         t = (a[:, None, None, None] * x + (1 - a[:, None, None, None]) * y).detach().requires_grad_()
         best = (cramer(f(t)) if kind == "cramer" else k(f(t), h_x).mean(1) - k(f(t), h_y).mean(1)
                 if kind == "mmd2" else f(t).sum(1))
         G = torch.autograd.grad(best.sum(), t, create_graph=True)[0]
-        loss_f = loss_f + weight * (G.flatten(1).norm(dim=1) - 1).square().mean()
+        G = G.flatten(1) if name == "gradient" else G.movedim(2, 1) if name == "columns" else G
+        loss_f = loss_f + weight * (G.norm(dim=1) - 1).square().mean()
     elif name:
         norms = [p for layer in f if isinstance(layer, torch.nn.GroupNorm) for p in layer.parameters()]
         weights = f.parameters() if name == "l2-all" else norms

@@ -83,6 +83,22 @@ def test_gradient_penalty_takes_the_norm_of_the_whole_image():
     assert float(found) == pytest.approx((96 / 48 ** 0.5 - 1) ** 2)
 
 
+@pytest.mark.parametrize("kind", ["columns", "pixels"])
+def test_gradient_penalty_of_released_code_has_a_norm_for_each_line(kind):
+    """As mbinkowski/MMD-GAN, axis 1 of [N, H, W, C], and Scaled-MMD-GAN, axis 1 of [N, C, H, W]."""
+    f = torch.nn.Sequential(torch.nn.Flatten(-3), features(48, 2))
+    x, y, a = points(5, 3, 4, 4), points(5, 3, 4, 4, seed=1), torch.rand(5, dtype=torch.float64)
+    between = a.view(5, 1, 1, 1) * x + (1 - a.view(5, 1, 1, 1)) * y
+    slope = torch.func.jacrev(lambda t: f(t).sum())(between)
+    lines = slope.permute(0, 2, 3, 1) if kind == "columns" else slope
+    expected = (lines.square().sum(1).sqrt() - 1).square().mean()
+    found = common.gradient_penalty(lambda t: f(t).sum(-1), x, y, a, common.AXES[kind])
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
+    stacked = common.gradient_penalty(lambda t: f(t).sum(-1), *(t.expand(2, *t.shape) for t in (x, y, a)),
+                                      common.AXES[kind])
+    assert torch.allclose(stacked, expected.expand(2)) and stacked.shape == (2,)
+
+
 def test_gradient_penalty_of_a_flat_critic_is_finite():
     weight = torch.zeros(3, requires_grad=True)
     found = common.gradient_penalty(lambda t: t @ weight, torch.randn(4, 3), torch.randn(4, 3), torch.rand(4))
@@ -117,6 +133,7 @@ def test_wasserstein_and_reconstruction_by_hand():
 
 
 def test_clipping_clips():
+    torch.manual_seed(0)
     network = common.mlp(3, 50, 50, 2)
     before = [p.detach().clone() for p in network.parameters()]
     common.clip_weights(network, 0.05)

@@ -379,12 +379,24 @@ def test_bfloat16_is_near_float32(start, size):
     assert all((kinds[layer] == torch.float32) == (layer in last) for layer in kinds if common.count(layer))
 
 
+@pytest.mark.parametrize("script, count", [(cifar, 19), (mnist, 6), (celeba, 11)])
+def test_rows_with_the_penalty_of_released_code(script, count):
+    """Each is the row that its name begins with, but for the norm of its gradient penalty."""
+    found = {name: row for name, row in script.METHODS.items() if name.endswith(("-columns", "-pixels"))}
+    assert len(found) == count
+    for name, row in found.items():
+        base, _, axis = name.rpartition("-")
+        kind, weight = script.METHODS[base]["penalty"]
+        assert kind == "gradient" and row == dict(script.METHODS[base], penalty=(axis, weight))
+        assert axis == ("pixels" if "width" in row["nets"] else "columns")      # Scaled MMD's networks
+
+
 @pytest.mark.parametrize("script", [cifar, mnist, celeba, imagenet])
 def test_no_slope_is_held_through_a_batch_norm(script):
     """Where an image's output depends on its batch, the slope at one image is not that of the critic."""
     with torch.device("meta"):
         for name, row in script.METHODS.items():
             sloped = row["distance"] in (*common.SLOPED, "sobolev")
-            if sloped or row.get("penalty", "")[:1] == ("gradient",):
+            if sloped or row.get("penalty", [None])[0] in common.AXES:
                 _, f, _ = script.networks(row)
                 assert not any(isinstance(layer, nn.BatchNorm2d) for layer in f.modules()), name
