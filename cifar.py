@@ -170,7 +170,7 @@ def networks(row):
 
 
 def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES, judge=None):
-    """One run: a generator function that yields after each generator update and returns the run's result.
+    """One run: a generator that yields after each update, is sent whether to save, and returns its result.
 
     samples: how many to keep and to score, by common.Judge, if there is one.
     """
@@ -263,9 +263,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(128))
             if row["critic"]:
                 common.save_singular_values(folder, step, f)
-        if step % SAVE_EVERY == 0 or step == steps:
+        if (yield) or step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
-        yield
 
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,
                 **common.machine(device), **scorer.keep(samples))

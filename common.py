@@ -2580,25 +2580,51 @@ def gpu_memory(device, before=0):
 def interleave(runs):
     """Advance generators in turn, each on a CUDA stream of its own, and return the list of what they return.
 
-    A run that raises FloatingPointError ends alone and has the error for its result.
+    A run that raises FloatingPointError ends alone and has the error for its result. On Ctrl-C all that go on
+    are sent True, so that they save what they have, and KeyboardInterrupt comes when they have.
     """
     cuda = torch.cuda.is_initialized()
     streams = [torch.cuda.Stream() if cuda else None for _ in runs]
     if cuda:
         torch.cuda.synchronize()        # the streams are about to read what this one has written
-    results, active = [None] * len(runs), list(range(len(runs)))
-    while active:
-        for i in list(active):
-            try:
-                with torch.cuda.stream(streams[i]):
-                    next(runs[i])
-                continue
-            except StopIteration as end:
-                results[i] = end.value
-            except FloatingPointError as error:
-                results[i] = error.with_traceback(None)     # which would hold all of the run
-            active.remove(i)
+    results, active, stop = [None] * len(runs), list(range(len(runs))), None
+    with stopping() as told:
+        while active:
+            for i in list(active):
+                try:
+                    with torch.cuda.stream(streams[i]):
+                        runs[i].send(stop)
+                    continue
+                except StopIteration as end:
+                    results[i] = end.value
+                except FloatingPointError as error:
+                    results[i] = error.with_traceback(None)     # which would hold all of the run
+                active.remove(i)
+            if stop and active:
+                raise KeyboardInterrupt
+            stop = told.is_set() or None        # a generator is begun with None
     return results
+
+
+@contextmanager
+def stopping():
+    """An event that the first Ctrl-C in the block sets; of several processes none, torchrun ends them."""
+    told, usual = threading.Event(), signal.default_int_handler
+
+    def tell(*_):
+        print("\nstopping, after the next update; Ctrl-C again: at once", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, usual)
+        told.set()
+
+    main = threading.current_thread() is threading.main_thread()
+    if ranks()[1] > 1 or not main or signal.getsignal(signal.SIGINT) is not usual:
+        yield told
+        return
+    signal.signal(signal.SIGINT, tell)
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 # ------------------------------------------------------------------------------------------------------------

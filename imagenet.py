@@ -60,7 +60,7 @@ def networks(row):
 
 
 def train(method, seed, folder, settings, steps, device, images, samples=FINAL, judge=None):
-    """One run: a generator function that yields after each generator update and returns the run's result.
+    """One run: a generator that yields after each update, is sent whether to save, and returns its result.
 
     images: of the GPU, or of a map, see common.on_device; samples: how many to score at the end, by
     common.Judge, if there is one.
@@ -150,9 +150,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
                 log.row(step, lambda: readings(step))
             if step % GRID_EVERY == 0 or step == steps:
                 common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(64), 8)
-            if step % SAVE_EVERY == 0 or step == steps:
+            if (yield) or step % SAVE_EVERY == 0 or step == steps:
                 common.save(folder, step, state, settings)
-            yield
 
     if step > begun[0]:                 # the share of the time in which it waited for images
         speed["waiting"] = batches.waited / (log.seconds - begun[1])

@@ -111,7 +111,7 @@ def networks(row):
 
 
 def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES, judge=None):
-    """One run: a generator function that yields after each generator update and returns the run's result.
+    """One run: a generator that yields after each update, is sent whether to save, and returns its result.
 
     samples: how many to keep and to score, by common.Judge, if there is one.
     """
@@ -203,9 +203,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         if step in PANELS or step % GRID_EVERY == 0 or step == steps:
             panel = torch.cat([images[:SHOWN].cpu(), sampler.draw(500)[:SHOWN]])
             common.save_grid(f"{folder}/samples-{step}.png", panel, 10)
-        if step % SAVE_EVERY == 0 or step == steps:
+        if (yield) or step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
-        yield
 
     return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,
                 **common.machine(device), **scorer.keep(samples))

@@ -123,7 +123,7 @@ def networks(row, cell):
 
 
 def train(method, members, folder, settings, steps, device):
-    """Runs of one method as one Stack: a generator function that yields after each update.
+    """Runs of one method as one Stack: a generator that yields after each update and is sent whether to save.
 
     members: the runs, as cells() has them. Returns their result, what is counted of each under "members".
     """
@@ -197,9 +197,8 @@ def train(method, members, folder, settings, steps, device):
         left = steps - step
         if averaged and left < AVERAGE and left % AVERAGE_EVERY == 0:
             table_1.mmd[left // AVERAGE_EVERY] = average_mmd(points(AVERAGE_POINTS, step))
-        if step % SAVE_EVERY == 0 or step == steps:
+        if (yield) or step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
-        yield
 
     samples = points(POINTS)["y"].cpu()
     counted = [dict(member, **coverage(y, *mixture(member["data"]))) for member, y in zip(members, samples)]

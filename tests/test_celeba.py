@@ -101,7 +101,7 @@ def test_every_row(script, part, methods, capsys):
 
 
 def test_the_rows_of_the_papers():
-    """What the tables name, with the weights that their text gives; those with the released code's penalty."""
+    """What the tables name, with the weights that their text gives; and with the released code's penalty."""
     rows = {name: row for name, row in FULL[celeba].items() if not name.endswith("-columns")}
     assert set(FULL[celeba]) - set(rows) == {
         f"{name}-columns" for name, row in rows.items() if row.get("penalty") and "gamn" not in name}

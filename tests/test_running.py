@@ -1,6 +1,7 @@
 """Running and keeping: state put back, coroutines, logs, checkpoints, files that are whole or not there."""
 import json
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -92,6 +93,41 @@ def test_interleave_takes_turns_and_returns_results():
     assert common.interleave([run("a", 3), run("b", 1), run("c", 2)]) == ["a", "b", "c"]
     assert turns == ["a0", "b0", "c0", "a1", "c1", "a2"]
     assert common.interleave([]) == []
+
+
+def test_ctrl_c_has_all_runs_save(capsys):
+    """Every run that goes on is told once, at the same update; a second Ctrl-C interrupts at once."""
+    saved, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def run(name, n, interrupts=()):
+        for step in range(1, n + 1):
+            if step in interrupts:
+                os.kill(os.getpid(), signal.SIGINT)
+            if (yield):
+                saved.append((name, step))
+        return name
+
+    with pytest.raises(KeyboardInterrupt):
+        common.interleave([run("a", 9), run("b", 9, interrupts=[3]), run("c", 2), run("d", 9)])
+    assert saved == [("a", 3), ("b", 3), ("d", 3)] and "stopping" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt):
+        common.interleave([run("e", 9, interrupts=[3, 4]), run("f", 9)])
+    assert saved[3:] == [("e", 3)]                              # f was not asked any more
+    assert common.interleave([run("g", 3, interrupts=[3])]) == ["g"]        # all had ended
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
+def test_ctrl_c_is_left_to_who_has_it(handler):
+    """As nohup and torchrun's processes have it."""
+    def run():
+        assert signal.getsignal(signal.SIGINT) is handler
+        yield
+
+    before = signal.signal(signal.SIGINT, handler)
+    common.interleave([run()])
+    assert signal.signal(signal.SIGINT, before) is handler
 
 
 def test_a_run_that_diverges_ends_alone():

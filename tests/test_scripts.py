@@ -783,9 +783,10 @@ def test_stopped_and_resumed(ending):
     error = stopped.communicate()[1]
     if ending == signal.SIGINT:
         assert stopped.returncode == 130 and "--resume" in error and "Traceback" not in error
-    reached = max(torch.load(f"parts/cifar-{method}-s0/checkpoint.pt", weights_only=True)["step"]
-                  for method in ("gram", "gan"))
-    steps = str(reached // 35 * 35 + 70)
+    reached = [torch.load(f"parts/cifar-{method}-s0/checkpoint.pt", weights_only=True)["step"]
+               for method in ("gram", "gan")]
+    assert ending == signal.SIGKILL or "stopping" in error and reached[0] == reached[1]     # both have saved
+    steps = str(max(reached) // 35 * 35 + 70)
     subprocess.run([*driver, "--out", "parts", "--steps", steps, "--resume"], check=True, capture_output=True)
     subprocess.run([*driver, "--out", "whole", "--steps", steps], check=True, capture_output=True)
     for method in ("gram", "gan"):
