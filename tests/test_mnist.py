@@ -263,7 +263,7 @@ def test_gcmmd_in_training_equals_the_dense_system(row):
     x, y = torch.rand(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     y.requires_grad_()
     game = common.Game(row, f, None, common.unit_gaussian, None)
-    wanted = dense(at, x.flatten(1), y.flatten(1), x.flatten(1), 0.1)
+    wanted = dense(at, x.flatten(1), y.flatten(1), x.flatten(1), 1.0)
     assert float(wanted.detach()) > 1e-3
     loss_f, (loss_g, h_x, h_y) = game.critic(x, y), game.generator(x, y)
     assert float(loss_f.detach()) == pytest.approx(-float(wanted.detach()), rel=1e-9)
