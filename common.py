@@ -2617,14 +2617,14 @@ def stopping():
         told.set()
 
     main = threading.current_thread() is threading.main_thread()
-    if ranks()[1] > 1 or not main or signal.getsignal(signal.SIGINT) is not usual:
-        yield told
-        return
-    signal.signal(signal.SIGINT, tell)
+    asked = main and ranks()[1] == 1 and signal.getsignal(signal.SIGINT) is usual
+    if asked:
+        signal.signal(signal.SIGINT, tell)
     try:
         yield told
     finally:
-        signal.signal(signal.SIGINT, usual)
+        if asked:
+            signal.signal(signal.SIGINT, usual)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2731,8 +2731,11 @@ def open_runs(out, script, namespace, methods, seeds, resume, device, figure=Non
 def save(folder, step, state, settings):
     """Write FOLDER/checkpoint.pt: a run's step, its state as in state_dicts, and its settings.
 
-    Of several processes each has its own generators' states there, a list under "generators".
+    Of several processes each has its own generators' states there, a list under "generators". The checkpoint
+    before stays if state["log"] has taken in what is not finite.
     """
+    if "log" in state and not state["log"].sums.isfinite().all():
+        return
     kept = {"step": step, "settings": settings, "state": state_dicts(state)}
     rank, number = ranks()
     if number > 1:
@@ -3170,7 +3173,7 @@ def released(methods, axes):
     methods: {name: row}; axes {row["nets"]: name in AXES, columns or pixels}.
     """
     return {f"{name}-{axis}": dict(row, penalty=(axis, row["penalty"][1])) for name, row in methods.items()
-            if row.get("penalty", "")[:1] == ("gradient",) and (axis := axes.get(row["nets"]))}
+            if row.get("penalty", [None])[0] == "gradient" and (axis := axes.get(row["nets"]))}
 
 
 def swept(row, axis, value):

@@ -58,8 +58,8 @@ NETS = {
 # clip: bound of the critic's weights. spectral: its gains. decay: of rates that adapt to KID. paper:
 # Inception score, FID, KID of its Table 3. gram is eq. 9 as printed, with JuliaGRAM's ridge: on digits it
 # learns for 5,000 updates (on cifar.py's images not, whose gram is gram-swap). lam is Figure 5's of Scaled
-# MMD, which has none for its Figure 6; with 0.1, its section 4's, critic and generator learn slower. GAMN's
-# critic steps, rates and weight are those of WGAN-GP: it names none.
+# MMD, which has none for its Figure 6. GAMN's critic steps, rates and weight are those of WGAN-GP: it names
+# none.
 GRAM = dict(nets="gram", distance="gram", kernel="li", critic=100, steps=0, adam=(1e-3, 0.5, 0.999),
             batch=200, ridge=1e-3)
 MMD = dict(nets="dcgan16", distance="mmd2", critic=16, steps=5, adam=(1e-4, 0.5, 0.9), decay=0.5)

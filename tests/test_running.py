@@ -118,6 +118,15 @@ def test_ctrl_c_has_all_runs_save(capsys):
     signal.signal(signal.SIGINT, before)
 
 
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    """Ctrl-C comes between rows of the log: the last good checkpoint stays."""
+    log = common.Log(str(tmp_path), ["loss"], 9, torch.device("cpu"))
+    for step, loss in ((1, 0.5), (2, float("nan"))):
+        log.add(torch.tensor(loss))
+        common.save(str(tmp_path), step, dict(log=log), {})
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+
+
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
 def test_ctrl_c_is_left_to_who_has_it(handler):
     """As nohup and torchrun's processes have it."""
