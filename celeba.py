@@ -7,9 +7,9 @@
     torchrun --nproc-per-node=2 celeba.py ...   on several GPUs, 64 images of either kind on each
 
 Images are those of data/celeba/img_align_celeba and data/lsun, from which arrays are built once (17.4 GB for
-160x160). Its times and scores are not measured yet. A run goes to runs/celeba-METHOD-sSEED/:
-samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json; the curves of all runs of a command are
-runs/celeba-curves.png.
+160x160). 150,000 updates of sn-smmd take about 4 hours on one H200; its scores are not measured yet. A run
+goes to runs/celeba-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json; the
+curves of all runs of a command are runs/celeba-curves.png.
 """
 import sys
 from contextlib import closing

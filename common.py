@@ -997,9 +997,40 @@ class Conv2d(nn.Conv2d):
     def __init__(self, channels, out, kernel, stride=1, padding=0, bias=True):
         super().__init__(channels, out, kernel, stride, padding, bias=bias)
 
+    def filters(self):
+        """What the input is convolved with."""
+        return self.weight
+
     def forward(self, x):
-        y = Convolution.apply(x, self.weight.to(x.dtype), self.stride, self.padding)
+        y = Convolution.apply(x, self.filters().to(x.dtype), self.stride, self.padding)
         return y if self.bias is None else y + self.bias.to(x.dtype)[:, None, None]
+
+
+class ConvMeanPool(Conv2d):
+    """A convolution of 3x3, then the mean of each 2x2, as one of 4x4 and stride 2: 4/9 of the products.
+
+    The 4x4 is the mean of the 3x3 at four places; weights, spectral norms and checkpoints have the 3x3.
+    """
+
+    def __init__(self, channels, out):
+        super().__init__(channels, out, 3, 2, 1)
+
+    def filters(self):
+        return F.avg_pool2d(self.weight, 2, 1, 1)
+
+
+class UpsampleConv(nn.Conv2d):
+    """Nearest neighbours to twice the size, then a convolution of 3x3, as a transposed one of 4x4, stride 2.
+
+    That is 4/9 of the products: of the nine pixels that a filter sees four are different.
+    """
+
+    def __init__(self, channels, out, bias=True):
+        super().__init__(channels, out, 3, 1, 1, bias=bias)
+
+    def forward(self, x):
+        filters = 4 * F.avg_pool2d(self.weight.flip(-2, -1), 2, 1, 1)
+        return F.conv_transpose2d(x, filters.transpose(0, 1), self.bias, 2, 1)
 
 
 class Stack(nn.Module):
@@ -1171,17 +1202,17 @@ class Residual(nn.Module):
 
     def __init__(self, a, b, up, norm=None):
         super().__init__()
-        conv, middle = nn.Conv2d if norm else Conv2d, b if up else a    # with batch norm no slope is held
-        resize = nn.Upsample(scale_factor=2) if up else nn.AvgPool2d(2)
-        norms = [[norm(width)] if norm else [] for width in (a, middle)]
-        first = [*norms[0], nn.ReLU(), *([resize] if up else []), conv(a, middle, 3, 1, 1, bias=norm is None)]
-        second = [*norms[1], nn.ReLU(), conv(middle, b, 3, 1, 1), *([] if up else [resize])]
-        self.change = nn.Sequential(*first, *second)
-        shortcut = conv(a, b, 1)
-        self.shortcut = nn.Sequential(*((shortcut, resize) if up else (resize, shortcut)))
+        if up:
+            convs = UpsampleConv(a, b, bias=norm is None), nn.Conv2d(b, b, 3, 1, 1)
+            self.shortcut = nn.Sequential(nn.Conv2d(a, b, 1), nn.Upsample(scale_factor=2))
+        else:                           # a critic's, whose slope may be held
+            convs = Conv2d(a, a, 3, 1, 1, bias=norm is None), ConvMeanPool(a, b)
+            self.shortcut = nn.Sequential(nn.AvgPool2d(2), Conv2d(a, b, 1))
+        self.change = nn.Sequential(*(layer for conv in convs for layer in (
+            *([norm(conv.in_channels)] if norm else []), nn.ReLU(), conv)))
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
-                wide = norm and layer is not shortcut
+                wide = norm and layer.kernel_size == (3, 3)
                 nn.init.xavier_uniform_(layer.weight, math.sqrt(2) if wide else 1)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
@@ -1366,7 +1397,7 @@ class Sampler(nn.Sequential):
     def draw(self, n, seed=0):
         """n images, uint8 on the CPU, of a seed's noise; at most 500 at a time (see batch_norm)."""
         z = self.noise(n, torch.Generator().manual_seed(seed)).to(next(self.parameters()).device)
-        return torch.cat([to_bytes(self(part)) for part in z.split(500)]).cpu()
+        return torch.cat([to_bytes(self(part)).cpu() for part in z.split(500)])
 
 
 def count(network):

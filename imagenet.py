@@ -4,10 +4,10 @@
     torchrun --nproc-per-node=3 imagenet.py --method sn-smmd        on three, as the paper: its FID is 36.6
     python imagenet.py --method smmd sn-gan gram --resume           go on with three others, side by side
 
-Images are those of data/imagenet/train and val (ILSVRC2012), from which arrays are built once (16.4 GB). Not
-measured yet: hours for 150,000 updates. Scores of fewer than 50,000 samples are no scores of the paper. A run
-goes to runs/imagenet-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json; the
-curves of all runs of a command are runs/imagenet-curves.png.
+Images are those of data/imagenet/train and val (ILSVRC2012), from which arrays are built once (16.4 GB).
+150,000 updates take some 6 hours on one H200. Scores of fewer than 50,000 samples are no scores of the paper.
+A run goes to runs/imagenet-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt,
+result.json; the curves of all runs of a command are runs/imagenet-curves.png.
 """
 from contextlib import closing
 

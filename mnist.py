@@ -85,8 +85,8 @@ METHODS = {
     "wgan":         dict(nets="wgan", distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, clip=0.01,
                          batch=50),
     "wgan-gp":      dict(GULRAJANI, **TEN, nets="wgan-gp", distance="wasserstein", critic=1),
-    "gan":          dict(nets="wgan-gp", distance="gan", critic=1, steps=1, adam=(2e-4, 0.5, 0.999),
-                         batch=50),                                                     # gan_mnist.py's
+    "gan":          dict(nets="wgan", distance="gan", critic=1, steps=1, adam=(2e-4, 0.5, 0.999),
+                         batch=50),     # batch norm as DCGAN; gan_mnist.py has none: all samples became one
     "smmd":         dict(SCALED, distance="smmd", scale=10.0),
     "sn-smmd":      dict(SCALED, distance="smmd", scale=10.0, spectral="learned"),
     "gcmmd":        dict(SCALED, distance="gcmmd", lam=1.0),                            # Proposition 4

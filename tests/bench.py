@@ -1,6 +1,7 @@
-"""Milliseconds per update of cifar.py's methods on the present device, and what scoring takes.
+"""Milliseconds per update of a script's methods on the present device, and what scoring takes.
 
-    python tests/bench.py                                 all methods, each alone
+    python tests/bench.py                                 all methods of cifar.py, each alone
+    python tests/bench.py --script imagenet               of another script
     python tests/bench.py --method gram mmdgan --eager    and without CUDA graphs
     python tests/bench.py --method gram --side 2 4 8 16   how far side by side carries
     python tests/bench.py --method gram --profile         the kernels of an update
@@ -33,15 +34,24 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import celeba
 import cifar
 import common
+import imagenet
 import mnist
 from conftest import inception_weights
 
 WARM, UPDATES = 5, 100
+SCRIPTS = {script.__name__: script for script in (cifar, mnist, celeba, imagenet)}
 
 
-def milliseconds(methods, device, images, eager=False, profile=None):
+def random_images(script, method, device, n=5_000):
+    """Random images [n, C, H, W] of the size that a row of a script trains on, on the device."""
+    array = celeba.SETS[celeba.METHODS[method]["set"]]["array"] if script is celeba else "imagenet64"
+    shape = {cifar: (3, 32, 32), mnist: (1, 28, 28)}.get(script, (3, *[common.FOLDERS[array][0]] * 2))
+    return torch.randint(256, (n, *shape), dtype=torch.uint8).to(device)
+
+
+def milliseconds(script, methods, device, eager=False, profile=None):
     """Milliseconds per update of runs of the given methods, advanced side by side, and MiB of GPU memory."""
-    began = []
+    began, images = [], random_images(script, methods[0], device)
 
     def sync():
         if device.type == "cuda":
@@ -60,7 +70,7 @@ def milliseconds(methods, device, images, eager=False, profile=None):
     common.capture = (lambda update, state: update) if eager else capture
     try:
         with tempfile.TemporaryDirectory() as folder:
-            runs = [watched(cifar.train(method, seed, folder, {}, 10 ** 6, device, images))
+            runs = [watched(script.train(method, seed, folder, {}, 10 ** 6, device, images))
                     for seed, method in enumerate(methods)]
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -77,10 +87,10 @@ def milliseconds(methods, device, images, eager=False, profile=None):
     return 1e3 * took / UPDATES / len(methods), peak
 
 
-def kernels(method, device, images):
+def kernels(script, method, device):
     """Kernels of an update as a list of (milliseconds, calls, name), the longest first."""
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    milliseconds([method], device, images, profile=profile)
+    milliseconds(script, [method], device, profile=profile)
     found = [(e.self_device_time_total, e.count, e.key) for e in profile.key_averages()]
     return sorted(((us / 1e3 / UPDATES, n / UPDATES, name) for us, n, name in found if us > 0), reverse=True)
 
@@ -288,7 +298,7 @@ class Images(torch.utils.data.Dataset):
 
 def main():
     global WARM, UPDATES
-    names, raw = list(cifar.METHODS), argparse.RawDescriptionHelpFormatter
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", nargs="?", default="methods", help="(methods)",
                         choices=["methods", "metrics", "tf32", "gcmmd", "input", "build"])
@@ -296,7 +306,8 @@ def main():
     parser.add_argument("--features", metavar="FILE", help="of tf32: a feature network, .pt2 or .pth")
     parser.add_argument("--data", default="data", metavar="DIR", help="of tf32, gcmmd, input, build (data)")
     parser.add_argument("--set", default="celeba178", choices=list(common.FOLDERS), help="(celeba178)")
-    parser.add_argument("--method", nargs="+", default=names, choices=names, metavar="NAME", help="(all)")
+    parser.add_argument("--script", default="cifar", choices=list(SCRIPTS), help="(cifar)")
+    parser.add_argument("--method", nargs="+", metavar="NAME", help="(all)")
     parser.add_argument("--eager", action="store_true", help="time updates that are not captured, too")
     parser.add_argument("--side", nargs="+", type=int, default=[], metavar="K", help="and K side by side")
     parser.add_argument("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
@@ -313,28 +324,32 @@ def main():
         return gcmmd(args.data)
     if args.what == "input":
         return waiting(device, args.images, args.data)
-    cifar.LOG_EVERY = cifar.GRID_EVERY = cifar.SAVE_EVERY = 10 ** 9
-    cifar.BURST_UNTIL = cifar.ENCODE = 1
+    script = SCRIPTS[args.script]
+    unknown = set(args.method or ()).difference(script.METHODS)
+    if unknown:
+        parser.error(f"--method: found {' '.join(sorted(unknown))}, expected rows of {args.script}.py")
+    script.LOG_EVERY = script.GRID_EVERY = script.SAVE_EVERY = 10 ** 9
+    script.BURST_UNTIL = script.ENCODE = 1
     if device.type == "cpu":
         WARM, UPDATES = 2, 6
-    images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8).to(device)
-    print(f"{', '.join(common.machine(device).values())}, milliseconds per update, mean of {UPDATES}")
+    print(f"{', '.join(common.machine(device).values())}, {args.script}.py: milliseconds per update, mean of "
+          f"{UPDATES}")
     head, rows = ["method", "MiB", "captured"], []
     head += ["eager", "gain"] * args.eager + ["kernels", "number"] * args.profile
     head += [cell for k in args.side for cell in (f"{k} side by side", "throughput")]
-    for method in args.method:
-        alone, memory = milliseconds([method], device, images)
+    for method in args.method or script.METHODS:
+        alone, memory = milliseconds(script, [method], device)
         row = [method, f"{memory:.0f}", f"{alone:.2f}"]
         if args.eager:
-            eager, _ = milliseconds([method], device, images, eager=True)
+            eager, _ = milliseconds(script, [method], device, eager=True)
             row += [f"{eager:.2f}", f"{eager / alone:.1f}x"]
         if args.profile:
-            floor = kernels(method, device, images)
+            floor = kernels(script, method, device)
             row += [f"{sum(k[0] for k in floor):.2f}", f"{sum(k[1] for k in floor):.0f}"]
             for ms, calls, name in floor[:25]:
                 print(f"{ms * 1e3:9.1f} us {calls:7.1f} x  {name[:100]}")
         for k in args.side:
-            side, _ = milliseconds([method] * k, device, images)
+            side, _ = milliseconds(script, [method] * k, device)
             row += [f"{side:.2f}", f"{alone / side:.1f}x"]
         rows.append(row)
         print(f"{' '.join(row)}", flush=True)

@@ -288,19 +288,24 @@ def by_functions(block, x, up):
         return (t[:, :, ::2, ::2] + t[:, :, 1::2, ::2] + t[:, :, ::2, 1::2] + t[:, :, 1::2, 1::2]) / 4
 
     if up:
-        h = norm(conv(double(norm(x, "change.0").relu()), "change.3"), "change.4").relu()
-        return conv(h, "change.6") + conv(double(x), "shortcut.0")
+        h = norm(conv(double(norm(x, "change.0").relu()), "change.2"), "change.3").relu()
+        return conv(h, "change.5") + conv(double(x), "shortcut.0")
     return halve(conv(conv(x.relu(), "change.1").relu(), "change.3")) + halve(conv(x, "shortcut.1"))
 
 
 @pytest.mark.parametrize("up", [True, False])
 def test_a_residual_block_is_its_formula(up):
+    """Also where the resizing is part of a convolution: values and gradients."""
     torch.manual_seed(0)
     block = common.Residual(5, 7, up, common.batch_norm if up else None).double()
     for p in block.parameters():
         p.data.add_(torch.rand_like(p) / 5)
     x = torch.randn(3, 5, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(block(x), by_functions(block, x, up), rtol=1e-12, atol=1e-12)
+    found, wanted = block(x), by_functions(block, x, up)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    slope = torch.randn_like(found)
+    for u, v in zip(*(torch.autograd.grad(y, [*block.parameters()], slope) for y in (found, wanted))):
+        torch.testing.assert_close(u, v, rtol=1e-11, atol=1e-11)
     assert block(x).shape == (3, 7, 12, 12) if up else (3, 7, 3, 3)
 
 
@@ -326,15 +331,14 @@ def test_a_residual_critic_s_slope_and_its_gradients():
     y = (x + 0.1).requires_grad_()
     for a, b in zip(common.both(f, x, y), (f(x), f(y))):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    weight = f[2].change[1].weight
+    weights = f[2].change[1].weight, f[2].change[3].weight
 
     def squares():
         return common.jacobian(f, x)[1].square().sum()
 
-    slope, = torch.autograd.grad(squares(), weight)
     _, J = common.jacobian(f, x)
-    for direction in torch.randn(2, *weight.shape, dtype=weight.dtype):
-        values = []
+    for weight, slope in zip(weights, torch.autograd.grad(squares(), weights)):
+        direction, values = torch.randn_like(weight), []
         for move in (1e-6, -2e-6):
             weight.data.add_(move * direction)
             values.append(squares().item())

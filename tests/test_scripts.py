@@ -759,8 +759,9 @@ def test_resumed_rows_equal_uninterrupted_ones(method):
 
 
 DRIVER = """
-import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import signal, sys; sys.path[:0] = [{root!r}, {tests!r}]
 import cifar, common, test_scripts
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs are begun without
 for name, value in test_scripts.SMALL.items(): setattr(cifar, name, value)
 cifar.METHODS, cifar.LOG_EVERY, cifar.SAVE_EVERY = test_scripts.METHODS, 5, 7
 common.run(lambda: cifar.main(["--device", "cpu", "--method", "gram", "gan", *sys.argv[1:]]))
