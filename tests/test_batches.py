@@ -53,13 +53,13 @@ def test_threads_give_the_batches_of_the_direct_path():
 def test_a_slow_disk_changes_nothing(monkeypatch):
     images, cpu = numbered(100), torch.device("cpu")
     wanted = taken(common.Batches(images, 8, 0, cpu), 20)
-    select, real = torch.index_select, threading.get_ident()
+    select, real = common.take, threading.get_ident()
 
     def slow(*args, **kwargs):
         if threading.get_ident() != real:
             time.sleep(float(np.random.default_rng().uniform(0, 0.01)))
         return select(*args, **kwargs)
-    monkeypatch.setattr(torch, "index_select", slow)
+    monkeypatch.setattr(common, "take", slow)
     ahead = common.Batches(images, 8, 0, cpu, ahead=5)
     assert taken(ahead, 20) == wanted
     ahead.close()
@@ -68,7 +68,7 @@ def test_a_slow_disk_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("gather, update, waits", [(0.0, 0.01, False), (0.04, 0.001, True)])
 def test_what_waits_for_a_thread(gather, update, waits, monkeypatch):
     """A GPU's work, here by a clock, is one queue: time in which it has work is no waiting."""
-    end, select = [time.perf_counter()], torch.index_select
+    end, select = [time.perf_counter()], common.take
 
     class Event:                            # of the copy, behind all that was asked for before
         at = 0.0
@@ -86,7 +86,7 @@ def test_what_waits_for_a_thread(gather, update, waits, monkeypatch):
 
     ahead = common.Batches(numbered(50), 8, 0, torch.device("cpu"), ahead=3)
     ahead.copied = [Event() for _ in ahead.copied]
-    monkeypatch.setattr(torch, "index_select", slow)
+    monkeypatch.setattr(common, "take", slow)
     began = time.perf_counter()
     for _ in range(60):
         ahead.fill()
@@ -137,3 +137,13 @@ def test_crops_by_hand():
     square = images[:, :, :5]
     assert common.crop_images(square, 5, rng()) is square
     assert torch.equal(common.center_crop(images, side), images[:, :, 2:5, 1:4])
+
+
+def test_take(tmp_path):
+    """Rows by their numbers, of tensors and of a file's map, anew or into what is given."""
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (20, 3, 4, 4), np.uint8))
+    index = torch.tensor([7, 0, 19, 7])
+    for x in (torch.randn(20, 5), common.read_array(str(tmp_path / "images.npy"), (3, 4, 4), "r")):
+        out = x.new_zeros(4, *x.shape[1:])
+        assert torch.equal(common.take(x, index), x[index])
+        assert common.take(x, index, out) is out and torch.equal(out, x[index])
