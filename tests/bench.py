@@ -58,7 +58,7 @@ def milliseconds(script, methods, device, eager=False, profile=None):
             torch.cuda.synchronize()
 
     def watched(run):
-        for i, _ in zip(range(WARM + UPDATES), run):
+        for i, _ in zip(range(1, WARM + UPDATES + 1), run):
             if i == WARM:
                 sync()
                 began.append(time.perf_counter())
