@@ -170,9 +170,9 @@ def networks(row):
 
 
 def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES, judge=None):
-    """One run: a generator that yields after each update, is sent whether to save, and returns its result.
+    """One run: a generator that yields when ready and after each update, and returns its result.
 
-    samples: how many to keep and to score, by common.Judge, if there is one.
+    It is sent whether to save. samples: how many to keep and to score, by common.Judge, if there is one.
     """
     row = METHODS[method]
     nets, batch, grid_every = row["nets"], row.get("batch", BATCH), row.get("every", GRID_EVERY)
@@ -253,6 +253,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         if row["steps"] or "encode" in row:
             ascend = common.capture(ascend, state)
         speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
+    yield                               # when all runs are ready, the clock starts
     log.start(step)
     while step < steps:
         cycle(critic_steps(step))

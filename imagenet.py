@@ -60,10 +60,10 @@ def networks(row):
 
 
 def train(method, seed, folder, settings, steps, device, images, samples=FINAL, judge=None):
-    """One run: a generator that yields after each update, is sent whether to save, and returns its result.
+    """One run: a generator that yields when ready and after each update, and returns its result.
 
-    images: of the GPU, or of a map, see common.on_device; samples: how many to score at the end, by
-    common.Judge, if there is one.
+    It is sent whether to save. images: of the GPU, or of a map, see common.on_device; samples: how many
+    to score at the end, by common.Judge, if there is one.
     """
     row = METHODS[method]
     nets, batch = row["nets"], BATCH
@@ -141,6 +141,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
             ascend = common.capture(ascend, state)
         speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
         batches.waited = 0.0
+    yield                               # when all runs are ready, the clock starts
     log.start(step)
     with closing(batches):              # its threads end with the run
         while step < steps:

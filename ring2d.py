@@ -123,9 +123,10 @@ def networks(row, cell):
 
 
 def train(method, members, folder, settings, steps, device):
-    """Runs of one method as one Stack: a generator that yields after each update and is sent whether to save.
+    """Runs of one method as one Stack: a generator that yields when ready and after each update.
 
-    members: the runs, as cells() has them. Returns their result, what is counted of each under "members".
+    It is sent whether to save. members: the runs, as cells() has them. Returns their result, what is counted
+    of each under "members".
     """
     row = METHODS[method]
     built = [networks(row, member) for member in members]
@@ -185,6 +186,7 @@ def train(method, members, folder, settings, steps, device):
     averaged = members[0]["data"] in GAMN_SETS
     step = common.load(folder, state, settings)
     update = common.capture(update, state)
+    yield                               # when all runs are ready, the clock starts
     log.start(step)
     while step < steps:
         update()

@@ -58,7 +58,7 @@ def networks(method):
 
 
 def train(method, seed, folder, settings, steps, device):
-    """One run: a generator function that yields after each update and returns the run's result."""
+    """One run: a generator that yields when ready and after each update, and returns its result."""
     row = METHODS[method]
     torch.manual_seed(seed)
     g, f, decoder = (network.to(device) if network else None for network in networks(method))
@@ -126,6 +126,7 @@ def train(method, seed, folder, settings, steps, device):
     if step == 0 and 0 in row["panels"]:
         keep_points()
     update = common.capture(update, state)
+    yield                               # when all runs are ready, the clock starts
     log.start(step)
     while step < steps:
         update()

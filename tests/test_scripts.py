@@ -794,6 +794,18 @@ def test_stopped_and_resumed(ending):
         assert same(f"whole/cifar-{method}-s0", f"parts/cifar-{method}-s0")
 
 
+def test_a_run_s_seconds_are_its_own(monkeypatch):
+    """Not those in which the runs beside it are made ready."""
+    def slow(*args):
+        time.sleep(0.6)
+        return dict(milliseconds=None, MiB=None)
+    monkeypatch.setattr(common, "measure", slow)
+    run_cifar("--steps", 2, "--seeds", 3)
+    for seed in range(3):
+        with open(f"runs/cifar-gram-s{seed}/result.json") as file:
+            assert 0 < json.load(file)["seconds"] < 0.6
+
+
 def test_an_earlier_run_is_kept(capsys):
     run_cifar("--steps", 2)
     before = kept("runs/cifar-gram-s0")
