@@ -803,8 +803,8 @@ def bootstrap_frechet_distance(x, fit, resamplings=10, device=None):
     biased upward beyond the distance itself: compare it with scores of the same protocol only.
     """
     rng = torch.Generator().manual_seed(0)
-    values = [frechet_distance(gaussian_fit(x[torch.randint(len(x), (len(x),), generator=rng)], device), fit)
-              for _ in range(resamplings)]
+    draws = (take(x, torch.randint(len(x), (len(x),), generator=rng)) for _ in range(resamplings))
+    values = [frechet_distance(gaussian_fit(draw, device), fit) for draw in draws]
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -898,7 +898,7 @@ def inception_score(logits, splits=10, seed=0, device=None):
     """
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     values = []
-    for part in logits[order].tensor_split(min(splits, len(logits))):
+    for part in take(logits, order).tensor_split(min(splits, len(logits))):
         part = part.to(device).double().log_softmax(1)
         marginal = part.logsumexp(0) - math.log(len(part))
         values.append((part.exp() * (part - marginal)).sum(1).mean().exp())
@@ -1460,7 +1460,7 @@ def crop_images(x, side, rng):
 
 def evenly(images, n):
     """n of the images [N, ...], from the first on, all as far apart: those of a folder are in order."""
-    return images[torch.arange(n, device=images.device) * len(images) // n]
+    return take(images, torch.arange(n) * len(images) // n)
 
 
 def on_device(images, device):
@@ -1492,7 +1492,7 @@ class Batches:
         self.images, self.n, self.waited = images, n, 0.0
         self.key = [seed, ranks()[0] if rank is None else rank]
         self.taken = torch.zeros((), dtype=torch.int64)
-        self.x = images[self.index(0).to(images.device)].to(device)     # for updates before the first fill()
+        self.x = take(images, self.index(0)).to(device)         # for updates before the first fill()
         cuda = self.x.is_cuda
         self.ahead = (8 if cuda and not images.is_cuda else 0) if ahead is None else ahead
         slots = range(self.ahead + 1 if self.ahead else 0)      # one more: what is copied stays as it is
@@ -1680,7 +1680,7 @@ def central_square(path, side):
         if n == side:
             return np.asarray(image)[top:top + n, left:left + n].transpose(2, 0, 1)
         square = pil_to_tensor(image.crop((left, top, left + n, top + n)))
-    # a quarter of the time of PIL's filter, from which it differs by 1
+    # a quarter of the time of PIL's filter, from which it differs by 1 at most
     return F.interpolate(square[None], (side, side), mode="bilinear", antialias=True)[0].numpy()
 
 
@@ -1770,7 +1770,7 @@ def build_rows(tmp, files, side, chunks, taken, parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is the parent's, which ends its workers,
     signal.signal(signal.SIGTERM, signal.SIG_DFL)       # in a way that stop_when_told() must not hear
     signal.set_wakeup_fd(-1)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)                            # each core has a worker
     warnings.simplefilter("ignore")
     size, rows = 3 * side ** 2, np.empty((CHUNK, 3, side, side), np.uint8)
     with open(tmp, "r+b") as data, open(f"{tmp}.done", "ab", 0) as done:

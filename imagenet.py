@@ -141,9 +141,9 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
             ascend = common.capture(ascend, state)
         speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
         batches.waited = 0.0
-    yield                               # when all runs are ready, the clock starts
-    log.start(step)
     with closing(batches):              # its threads end with the run
+        yield                           # when all runs are ready, the clock starts
+        log.start(step)
         while step < steps:
             cycle(row["steps"])
             step += 1

@@ -36,22 +36,16 @@ import cifar
 import common
 import imagenet
 import mnist
-from conftest import inception_weights
+from conftest import image_shape, inception_weights
 
 WARM, UPDATES = 5, 100
 SCRIPTS = {script.__name__: script for script in (cifar, mnist, celeba, imagenet)}
 
 
-def random_images(script, method, device, n=5_000):
-    """Random images [n, C, H, W] of the size that a row of a script trains on, on the device."""
-    array = celeba.SETS[celeba.METHODS[method]["set"]]["array"] if script is celeba else "imagenet64"
-    shape = {cifar: (3, 32, 32), mnist: (1, 28, 28)}.get(script, (3, *[common.FOLDERS[array][0]] * 2))
-    return torch.randint(256, (n, *shape), dtype=torch.uint8).to(device)
-
-
 def milliseconds(script, methods, device, eager=False, profile=None):
     """Milliseconds per update of runs of the given methods, advanced side by side, and MiB of GPU memory."""
-    began, images = [], random_images(script, methods[0], device)
+    shape, began = image_shape(script, methods[0]), []
+    images = torch.randint(256, (5_000, *shape), dtype=torch.uint8, device=device)
 
     def sync():
         if device.type == "cuda":

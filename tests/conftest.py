@@ -33,6 +33,15 @@ def wait_for(happened, seconds=60):
         time.sleep(0.02)
 
 
+def image_shape(script, method):
+    """(C, H, W) of the images that a row of an image script is trained on, before they are cropped."""
+    shapes = {"mnist": (1, 28, 28), "cifar": (3, 32, 32), "imagenet": (3, 64, 64)}
+    if script.__name__ in shapes:
+        return shapes[script.__name__]
+    side, *_ = common.FOLDERS[script.SETS[script.METHODS[method]["set"]]["array"]]
+    return 3, side, side
+
+
 class Features(nn.Module):
     """Channel means, twice: as the features, or in a tuple, or as an image of them."""
 

@@ -8,7 +8,7 @@ import common
 import imagenet
 import mnist
 import ring2d
-from conftest import SWEPT, inception_weights
+from conftest import SWEPT, image_shape, inception_weights
 
 SCRIPTS = cifar, mnist, celeba, imagenet
 MILLISECONDS = common.milliseconds
@@ -34,14 +34,6 @@ def images_of(n, *shape):
     return torch.randint(256, (n, *(shape or (3, 32, 32))), dtype=torch.uint8, device="cuda")
 
 
-def shape(script, method):
-    """The shape of a row's images, () for 32x32."""
-    if script in (celeba, imagenet):
-        side = 178 if script.METHODS[method].get("set") == "celeba160" else 64
-        return 3, side, side
-    return (1, 28, 28) if script is mnist else ()
-
-
 def pixels(images):
     """Features: a corner of the image, of 32x32 at the most."""
     return images[..., :32, :32].flatten(1).float() / 255, None
@@ -53,7 +45,7 @@ pixels.name, pixels.key, pixels.accuracy = "pixels", "0", None
 def run(method, folder, steps=6, seed=0, script=cifar):
     folder.mkdir(exist_ok=True)
     torch.manual_seed(1)
-    data, judge = images_of(1_000, *shape(script, method)), None
+    data, judge = images_of(1_000, *image_shape(script, method)), None
     if "decay" in script.METHODS[method]:
         x, _ = common.extract(pixels, data, torch.device("cuda"))
         judge = common.Judge(pixels, x, "", torch.device("cuda"))
