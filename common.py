@@ -3183,7 +3183,7 @@ LOGARITHMIC = ("fd", "mean_r", "condition", "spread")       # others can be nega
 
 
 def curves_figure(finished, panels):
-    """Panels, pairs (column, over), of what finished runs have logged: a colour a method, a line a seed.
+    """Panels, pairs (column, over), of what finished runs have logged: a line a seed, all alike of a method.
 
     finished: pairs of a run of open_runs and its result; columns of TITLES. over: "update", or "second", of a
     run alone on the GPU, from its result's milliseconds an update; on a CPU of all runs of the command.
@@ -3194,6 +3194,7 @@ def curves_figure(finished, panels):
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.5 * columns, 3.25 * rows), layout="constrained")
+    labels = {}                         # one line for each method
     for i, (column, over) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, i)
         for ((method, *_), result), log in zip(finished, logs):
@@ -3202,15 +3203,15 @@ def curves_figure(finished, panels):
             if over == "second" and result["milliseconds"]:
                 x = log["step"] * result["milliseconds"] / 1e3
             if there.any():
-                axes.plot(x[there], log[column][there], color=f"C{methods.index(method)}",
-                          linewidth=1, marker="." if there.sum() < 20 else None, label=method)
-        labels = dict(zip(*reversed(axes.get_legend_handles_labels())))     # one for each method
-        if labels:
-            axes.legend(labels.values(), labels, fontsize=7)
-            axes.set_yscale("log" if column in LOGARITHMIC else "linear")
+                place = methods.index(method)
+                [labels[method]] = axes.plot(x[there], log[column][there], color=f"C{place}", linewidth=1,
+                                             linestyle=("-", "--", ":", "-.")[place // 10 % 4],
+                                             marker="." if there.sum() < 20 else None)
+                axes.set_yscale("log" if column in LOGARITHMIC else "linear")
         axes.set_title(TITLES[column], fontsize=9)
         axes.set_xlabel(over, fontsize=8)
         axes.tick_params(labelsize=7, which="both")
+    figure.legend(labels.values(), labels, loc="outside lower center", fontsize=8, ncols=3 * columns)
     return figure
 
 
@@ -3253,6 +3254,8 @@ def sweep_figure(finished, panels):
         ticks = sorted(set(places.values()))
         axes.set_xticks(ticks, [f"{value:g}" for value in ticks])
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel(axis)
         axes.set_ylabel("Fréchet distance")
         axes.legend(fontsize=7)

@@ -5,8 +5,8 @@
     python imagenet.py --method smmd sn-gan gram --resume           go on with three others, side by side
 
 Images are those of data/imagenet/train and val (ILSVRC2012), from which arrays are built once (16.4 GB).
-150,000 updates take some 6 hours on one H200. Scores of fewer than 50,000 samples are no scores of the paper.
-A run goes to runs/imagenet-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt,
+150,000 updates of sn-smmd take 4.5 hours on one H200. Scores of fewer than 50,000 samples are no scores of
+the paper. A run goes to runs/imagenet-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt,
 result.json; the curves of all runs of a command are runs/imagenet-curves.png.
 """
 from contextlib import closing

@@ -357,6 +357,8 @@ def test_curves_have_a_panel_for_what_was_logged():
     for runs, expected in ((finished[:1], ["spread"]), (finished, ["mean_r", "condition", "spread"])):
         picture = common.curves_figure(runs, cifar.CURVES["all"])
         assert [axes.get_title() for axes in picture.axes] == [common.TITLES[name] for name in expected]
+        [legend] = picture.legends
+        assert sorted(label.get_text() for label in legend.get_texts()) == [name for (name, *_), _ in runs]
 
 
 def test_figures_of_trained_rows(monkeypatch, capsys):
