@@ -16,7 +16,6 @@ from contextlib import closing
 
 import torch
 from torch.nn.utils import parametrize
-from torchvision.transforms.functional import center_crop
 
 import common
 
@@ -151,7 +150,7 @@ def train(method, seed, folder, settings, steps, device, images, samples=FINAL, 
     before = common.gpu_memory(device)
     torch.manual_seed(seed)
     g, f, decoder = (network.to(device) if network else None for network in networks(row))
-    some = center_crop(common.evenly(images, CODES), size)
+    some = common.crop_images(common.evenly(images, CODES), size)
     sampler = common.Sampler(g, nets, AVERAGE, 3).fit(some).to(device)
     rng = torch.Generator(device).manual_seed(common.own_seed(seed))
     kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))

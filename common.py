@@ -82,7 +82,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d
-from torchvision.transforms.functional import center_crop, gaussian_blur, pil_to_tensor
+from torchvision.transforms.functional import gaussian_blur, pil_to_tensor
+
+try:
+    import fcntl
+except ImportError:         # on Windows
+    fcntl = None
 
 # ------------------------------------------------------------------------------------------------------------
 # Kernels
@@ -1445,11 +1450,15 @@ def flip_images(x, rng):
     return x.flip(3).where(mirrored, x)
 
 
-def crop_images(x, side, rng):
-    """Of each of the images [n, C, H, W] a square of that side, anywhere in it: [n, C, side, side]."""
+def crop_images(x, side, rng=None):
+    """Of each of the images [n, C, H, W] a square of that side, anywhere in it: [n, C, side, side].
+
+    Without rng the same squares at each call, as scores and a contrast need them.
+    """
     n, _, height, width = x.shape
     if height == width == side:
         return x
+    rng = rng or torch.Generator(x.device).manual_seed(0)
     within = torch.arange(side, device=x.device)
     rows, columns = (torch.randint(m - side + 1, (n, 1), generator=rng, device=x.device) + within
                      for m in (height, width))
@@ -1493,7 +1502,7 @@ class Batches:
         self.key = [seed, ranks()[0] if rank is None else rank]
         self.taken = torch.zeros((), dtype=torch.int64)
         self.x = take(images, self.index(0)).to(device)         # for updates before the first fill()
-        cuda = self.x.is_cuda
+        self.cuda = cuda = self.x.is_cuda
         self.ahead = (8 if cuda and not images.is_cuda else 0) if ahead is None else ahead
         slots = range(self.ahead + 1 if self.ahead else 0)      # one more: what is copied stays as it is
         self.slots = [torch.empty(self.x.shape, dtype=torch.uint8, pin_memory=cuda) for _ in slots]
@@ -1503,9 +1512,14 @@ class Batches:
         self.coming = {}
 
     def state_dict(self):
-        return {"taken": self.taken}
+        return {"taken": self.taken, "images": len(self.images)}
 
     def load_state_dict(self, kept):
+        """Go on from a state_dict(); exits with a message if it is of another number of images."""
+        found = kept.get("images", len(self.images))
+        if found != len(self.images):
+            sys.exit(f"--resume: found a run on {found:,} images, expected {len(self.images):,}: of another "
+                     "array; put that one back, or begin another run with --out")
         self.taken.copy_(kept["taken"])
 
     def index(self, k):
@@ -1525,7 +1539,7 @@ class Batches:
         self.taken += 1
         if not self.ahead:
             index = self.index(k)
-            if self.x.is_cuda:          # from pinned memory, as any other copy waits for the GPU
+            if self.cuda:               # from pinned memory, as any other copy waits for the GPU
                 index = index.pin_memory().to(self.x.device, non_blocking=True)
             take(self.images, index, self.x)
             return
@@ -1535,15 +1549,15 @@ class Batches:
         for soon in wanted:
             if soon not in self.coming:
                 self.coming[soon] = self.pool.submit(self.gather, soon)
-        batch, last = self.coming.pop(k), self.copied[(k - 1) % len(self.slots)]
+        batch = self.coming.pop(k)
         if not batch.done():
-            if last:
-                last.synchronize()      # until then the GPU is behind, and nothing waits for a thread
+            if self.cuda:               # until then the GPU has work, and nothing waits for a thread
+                torch.cuda.current_stream().synchronize()
             began = time.perf_counter()
             batch.result()
             self.waited += time.perf_counter() - began
         self.x.copy_(batch.result(), non_blocking=True)
-        if last:
+        if self.cuda:
             self.copied[k % len(self.slots)].record()
 
     def close(self):
@@ -1695,7 +1709,10 @@ def folder_files(name, split, data):
     if name.startswith("celeba") and not os.path.isdir(folder):
         print(f"{folder} is not there: torchvision downloads CelebA", flush=True)
         try:
-            torchvision.datasets.CelebA(data, download=True)
+            make_folder(os.path.dirname(folder))
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as root:      # whole or not there
+                torchvision.datasets.CelebA(root, download=True)
+                os.rename(f"{root}/{below}", folder)
         except Exception as error:          # whatever its hosts and its unpacking come to
             sys.exit(f"{folder}: not there, and torchvision cannot download it ({first_line(error)})\n"
                      f"{brings}, or name another folder with --data")
@@ -1732,10 +1749,47 @@ def load_folders(name, splits, data):
     """
     side, below, _ = FOLDERS[name]
     paths = [f"{data}/{name}-{split}.npy" for split in splits]
-    alone = ranks()[0] == 0         # the first process builds them, the others wait
-    missing = {path: folder_files(name, split, data) for path, split in zip(paths, splits)
-               if alone and not os.path.exists(path)}
-    if missing:
+    if ranks()[0] == 0:             # the first process builds them, the others wait
+        with alone_in(data):
+            build_missing(name, splits, paths, data)
+    together("barrier")
+    wanted = made(side)
+    for path in filter(os.path.exists, paths):
+        with suppress(OSError):
+            with open(path.removesuffix("npy") + "json") as file:
+                how = json.load(file).get("images")
+            if how != wanted:
+                sys.exit(f"{path}: found images made as {how!r}, expected {wanted!r}; "
+                         "delete it to have it built anew, or name another folder with --data")
+    return [read_array(path, (3, side, side), "r") if os.path.exists(path) else None for path in paths]
+
+
+@contextmanager
+def alone_in(folder):
+    """Have other commands wait that come here with the same folder, if it is there; a kill lets go of it."""
+    if not fcntl or not os.path.isdir(folder):
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):             # of a file system without locks
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{folder}: waiting for another command, which builds an array there", flush=True)
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def build_missing(name, splits, paths, data):
+    """What load_folders builds: of the paths of the splits those that are not there."""
+    side, below, _ = FOLDERS[name]
+    there = os.path.isdir(f"{data}/{below}")        # without it the first array is enough
+    missing = {path: folder_files(name, split, data) if there or path == paths[0] else []
+               for path, split in zip(paths, splits) if not os.path.exists(path)}
+    if any(missing.values()):
         make_folder(data)
         begun = sum(os.stat(tmp).st_blocks * 512 for path in missing if os.path.exists(tmp := f"{path}.tmp"))
         needed = sum(map(len, missing.values())) * 3 * side ** 2 - begun
@@ -1748,16 +1802,6 @@ def load_folders(name, splits, data):
             build_array(path, files, side)
         else:
             print(f"{path}: not built, {data}/{below} has no images of that split")
-    together("barrier")
-    wanted = made(side)
-    for path in filter(os.path.exists, paths):
-        with suppress(OSError):
-            with open(path.removesuffix("npy") + "json") as file:
-                how = json.load(file).get("images")
-            if how != wanted:
-                sys.exit(f"{path}: found images made as {how!r}, expected {wanted!r}; "
-                         "delete it to have it built anew, or name another folder with --data")
-    return [read_array(path, (3, side, side), "r") if os.path.exists(path) else None for path in paths]
 
 
 def made(side):
@@ -1802,12 +1846,13 @@ def build_array(path, files, side):
     """Build PATH, uint8 [N, 3, side, side], from image files by central_square, a worker process a core.
 
     Progress is printed. It is built as PATH.tmp and renamed when whole; after a kill the same call goes on
-    with what PATH.tmp.done says has been built. Images that cannot be read are left out, the last ones taking
-    their places, and are named at the end and in the .json beside it. Exits with a message if a worker dies
-    or fewer than two images can be read.
+    with what PATH.tmp.done says has been built, but for chunks with images that could not be read. Those are
+    left out, the last ones taking their places, and are named at the end and in the .json beside it. Exits
+    with a message if a worker dies or fewer than two images can be read.
     """
     tmp, n, size = f"{path}.tmp", len(files), 3 * side ** 2
-    key = hashlib.sha256(json.dumps([files, side, CHUNK]).encode()).hexdigest()
+    below = [file.removeprefix(f"{os.path.dirname(path)}/") for file in files]      # of any --data's spelling
+    key = hashlib.sha256(json.dumps([below, side, CHUNK]).encode()).hexdigest()
 
     def noted():
         """The chunks that have been built, each with its images that cannot be read."""
@@ -1827,11 +1872,12 @@ def build_array(path, files, side):
 
     built = noted() if os.path.exists(tmp) and os.path.exists(f"{tmp}.done") else None
     if built is None:
+        with open(f"{tmp}.done", "w") as file:      # first: it must never speak of an earlier PATH.tmp
+            file.write(key)
         with open(tmp, "wb") as file:
             file.truncate(HEAD + n * size)
-        with open(f"{tmp}.done", "w") as file:
-            file.write(key)
         built = {}
+    built = {chunk: bad for chunk, bad in built.items() if not bad}
     left = [chunk for chunk in range(-(-n // CHUNK)) if chunk not in built]
     kind = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"     # fork: no new imports
     context = multiprocessing.get_context(kind)
@@ -1927,7 +1973,7 @@ def read_images(path):
     for name in files:
         try:
             images.append(pil_to_tensor(torchvision.datasets.folder.default_loader(name)))
-        except OSError as error:
+        except Exception as error:              # whatever its decoder stumbles over
             sys.exit(f"{name}: no whole image ({first_line(error)}); replace or remove it")
     sizes = sorted({tuple(image.shape[1:]) for image in images})
     if len(images) < 2 or len(sizes) > 1:
@@ -2181,7 +2227,7 @@ def extract(features, images, device):
 def reference_statistics(path, features, device, side=None):
     """What scoring against a path's images needs: features [M, D], gaussian_fit's mean and root, and a name.
 
-    path: as read_images takes it; side: that of their central squares, if those are to be scored against. The
+    path: as read_images takes it; side: that of crop_images' squares, if those are to be scored against. The
     dict is computed once and kept beside the images, in PATH-NETWORK-KEY.pt or PATH-SIDE-NETWORK-KEY.pt, for
     as long as the images' files and SCORE_PRECISION stay as they are. Exits with a message if that file holds
     something else, or if the network fails.
@@ -2190,7 +2236,8 @@ def reference_statistics(path, features, device, side=None):
     kept, statistics = f"{stem}-{features.name}-{features.key}.pt", None
     files = [(os.path.basename(name), os.path.getsize(name), os.stat(name).st_mtime_ns)
              for name in image_files(path)]
-    source = hashlib.sha256(json.dumps([SCORE_PRECISION, files]).encode()).hexdigest()
+    how = [SCORE_PRECISION, files] + ["anywhere"] * bool(side)
+    source = hashlib.sha256(json.dumps(how).encode()).hexdigest()
     if os.path.exists(kept):
         try:
             statistics = torch.load(kept, map_location="cpu", weights_only=True, mmap=True)
@@ -2204,7 +2251,7 @@ def reference_statistics(path, features, device, side=None):
         print(f"{kept}: built once, from the features of {path}", flush=True)
         try:
             images = read_images(path)
-            found, _ = extract(features, center_crop(images, side) if side else images, device)
+            found, _ = extract(features, crop_images(images, side) if side else images, device)
         except RuntimeError as error:
             sys.exit(str(error))
         mean, root = gaussian_fit(found, device)
@@ -2370,13 +2417,15 @@ def stop_when_told(rank, before):
             return True
 
     def wait():
-        while os.getppid() == parent:
-            if select.select([told], [], [], 1)[0] and os.read(told, 1)[0] == signal.SIGTERM:
-                break
-        if len(before) == rank and not any(map(left, before)):
-            print("stopped, as torchrun or one of its processes has ended; with --resume the same command "
-                  "goes on from the last checkpoint", file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            while os.getppid() == parent:
+                if select.select([told], [], [], 1)[0] and os.read(told, 1)[0] == signal.SIGTERM:
+                    break
+            if len(before) == rank and not any(map(left, before)):
+                print("stopped, as torchrun or one of its processes has ended; with --resume the same "
+                      "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)         # also where nobody reads what is printed any more
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -2801,13 +2850,14 @@ def read_checkpoint(folder, settings):
         return None
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
-        step, made = kept["step"], kept["settings"]
+        step, made, wanted = kept["step"], {"processes": 1} | kept["settings"], {"processes": 1} | settings
     except Exception as error:
         sys.exit(f"{path}: no whole checkpoint ({first_line(error)}); delete it to begin this run anew")
-    for key in sorted(made.keys() | settings.keys()):
-        if made.get(key) != settings.get(key):
+    for key in sorted(made.keys() | wanted.keys()):
+        if made.get(key) != wanted.get(key):
+            back = "set it back" if key != "processes" else f"use torchrun --nproc-per-node={made[key]}"
             sys.exit(f"{path}: found a run of {step:,} updates with {key} = {made.get(key)}, expected "
-                     f"{settings.get(key)}; set it back, or name another folder with --out")
+                     f"{wanted.get(key)}; {back}, or name another folder with --out")
     return kept
 
 

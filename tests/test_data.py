@@ -158,9 +158,11 @@ def test_folders_of_images(tmp_path):
     common.save_grid(f"{tmp_path}/4.png", images[:1, :, :9], 1)
     with says("found 4 .png and .jpg files", "(9, 24), (20, 24)"):
         common.read_images(str(tmp_path))
-    (tmp_path / "4.png").write_bytes((tmp_path / "0.png").read_bytes()[:200])
-    with says("4.png", "no whole image"):
-        common.read_images(str(tmp_path))
+    whole = (tmp_path / "0.png").read_bytes()
+    for broken in (whole[:200], whole[:11] + b"\1" + whole[12:]):       # cut off; a chunk of a wrong length
+        (tmp_path / "4.png").write_bytes(broken)
+        with says("4.png", "no whole image"):
+            common.read_images(str(tmp_path))
     (tmp_path / "empty").mkdir()
     with says("found 0 .png and .jpg files"):
         common.read_images(str(tmp_path / "empty"))

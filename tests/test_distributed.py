@@ -4,6 +4,7 @@ torchrun starts this file itself, see the end of it.
 """
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -153,6 +154,18 @@ def test_processes_end_when_torchrun_is_killed(folder):
     assert open("killed.txt").read().count("stopped, as torchrun") == 1
 
 
+def test_a_process_ends_with_its_parent_though_nobody_reads_its_words():
+    child = (f"import sys, time; sys.path.insert(0, {ROOT!r}); import common; common.stop_when_told(0, []); "
+             "print('ready', flush=True); time.sleep(1000)")
+    command = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert parent.stdout.readline() == b"ready\n"
+    parent.stderr.close()
+    parent.kill()
+    parent.wait()
+    assert select.select([parent.stdout], [], [], 30)[0] and parent.stdout.read() == b""      # it has ended
+
+
 def test_a_gpu_s_number_is_refused(monkeypatch):
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
@@ -162,7 +175,7 @@ def test_a_gpu_s_number_is_refused(monkeypatch):
 
 def test_a_checkpoint_of_two_processes_is_refused_by_one(folder, monkeypatch):
     small(monkeypatch.setattr)
-    with says("checkpoint.pt", "processes = 2, expected None"):
+    with says("checkpoint.pt", "processes = 2, expected 1; use torchrun --nproc-per-node=2"):
         celeba.main(["--device", "cpu", "--features", "features-tiny.pt2", "--out", "whole", "--resume"])
 
 
