@@ -3385,7 +3385,8 @@ def neighbours_figure(samples, images, judge):
     for axes, (name, (a, b)) in zip(figure.subplots(2), spaces.items()):
         nearest = torch.cdist(a, b).topk(5, largest=False).indices.T
         shown = torch.cat([samples[None].to(images.device), images[nearest.to(images.device)]]).flatten(0, 1)
-        axes.imshow(torchvision.utils.make_grid(shown.cpu(), len(samples), padding=1).permute(1, 2, 0))
+        grid = torchvision.utils.make_grid(shown.cpu(), len(samples), padding=1)
+        axes.imshow(grid.permute(1, 2, 0).numpy())
         axes.set_title(f"nearest in {name}", fontsize=9)
         axes.axis("off")
     return figure
