@@ -1749,7 +1749,7 @@ def load_folders(name, splits, data):
     """
     side, below, _ = FOLDERS[name]
     paths = [f"{data}/{name}-{split}.npy" for split in splits]
-    if ranks()[0] == 0:             # the first process builds them, the others wait
+    if ranks()[0] == 0 and not all(map(os.path.exists, paths)):     # the other processes wait
         with alone_in(data):
             build_missing(name, splits, paths, data)
     together("barrier")
@@ -1851,7 +1851,8 @@ def build_array(path, files, side):
     with a message if a worker dies or fewer than two images can be read.
     """
     tmp, n, size = f"{path}.tmp", len(files), 3 * side ** 2
-    below = [file.removeprefix(f"{os.path.dirname(path)}/") for file in files]      # of any --data's spelling
+    folder = f"{os.path.dirname(path)}/"
+    below = [file.removeprefix(folder) for file in files]       # the same however --data is spelled
     key = hashlib.sha256(json.dumps([below, side, CHUNK]).encode()).hexdigest()
 
     def noted():
@@ -3261,7 +3262,8 @@ def curves_figure(finished, panels):
         axes.set_title(TITLES[column], fontsize=9)
         axes.set_xlabel(over, fontsize=8)
         axes.tick_params(labelsize=7, which="both")
-    figure.legend(labels.values(), labels, loc="outside lower center", fontsize=8, ncols=3 * columns)
+    if labels:
+        figure.legend(labels.values(), labels, loc="outside lower center", fontsize=8, ncols=3 * columns)
     return figure
 
 
