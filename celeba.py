@@ -267,15 +267,14 @@ def main(argv=None):
     chosen = SETS[sets.pop()]
     common.join(args.device)
     device, samples = common.setup(args.device), args.samples or FINAL
-    images, test = common.load_folders(chosen["array"], ("train", "test"), args.data)
-    images = common.on_device(images, device)
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
     needed = f"--figure {args.figure}" if args.figure == "scores" else adaptive
+    network = common.open_features(args.features, device, needed) if common.ranks()[0] == 0 else None
+    images, test = common.load_folders(chosen["array"], ("train", "test"), args.data)
+    images = common.on_device(images, device)
     reference = f"{args.data}/{chosen['array']}-{'train' if test is None else 'test'}.npy"
-    judge = None
-    if common.ranks()[0] == 0:
-        side = chosen["size"] if images.shape[-1] > chosen["size"] else None
-        judge = common.open_judge(args.features, reference, device, needed, side)
+    side = chosen["size"] if images.shape[-1] > chosen["size"] else None
+    judge = network and common.open_judge(network, reference, device, side=side)
     common.train_runs(__file__, globals(), args, argv, device,
                       lambda run: train(*run, args.steps, device, images, samples, judge))
 

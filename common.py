@@ -45,6 +45,7 @@ Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for M
 import argparse
 import copy
 import datetime
+import errno
 import gc
 import glob
 import hashlib
@@ -1458,10 +1459,10 @@ def crop_images(x, side, rng=None):
     n, _, height, width = x.shape
     if height == width == side:
         return x
-    rng = rng or torch.Generator(x.device).manual_seed(0)
+    rng = rng or torch.Generator().manual_seed(0)       # on the CPU: the same wherever x is
     within = torch.arange(side, device=x.device)
-    rows, columns = (torch.randint(m - side + 1, (n, 1), generator=rng, device=x.device) + within
-                     for m in (height, width))
+    corners = (torch.randint(m - side + 1, (n, 1), generator=rng, device=rng.device) for m in (height, width))
+    rows, columns = (corner.to(x.device) + within for corner in corners)
     image, channel = torch.arange(n, device=x.device), torch.arange(x.shape[1], device=x.device)
     return x[image[:, None, None, None], channel[:, None, None], rows[:, None, :, None],
              columns[:, None, None, :]]
@@ -1515,11 +1516,11 @@ class Batches:
         return {"taken": self.taken, "images": len(self.images)}
 
     def load_state_dict(self, kept):
-        """Go on from a state_dict(); exits with a message if it is of another number of images."""
+        """Go on from a state_dict(); raises ValueError if it is of another number of images."""
         found = kept.get("images", len(self.images))
         if found != len(self.images):
-            sys.exit(f"--resume: found a run on {found:,} images, expected {len(self.images):,}: of another "
-                     "array; put that one back, or begin another run with --out")
+            raise ValueError(f"found a run on {found:,} images, expected {len(self.images):,}: of another "
+                             "array; put that one back, or begin another run with --out")
         self.taken.copy_(kept["taken"])
 
     def index(self, k):
@@ -1708,14 +1709,18 @@ def folder_files(name, split, data):
     folder = f"{data}/{below}/{split}" if name == "imagenet64" else f"{data}/{below}"
     if name.startswith("celeba") and not os.path.isdir(folder):
         print(f"{folder} is not there: torchvision downloads CelebA", flush=True)
+        root = f"{data}/celeba.tmp"
+        shutil.rmtree(root, ignore_errors=True)         # of a kill
         try:
-            make_folder(os.path.dirname(folder))
-            with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as root:      # whole or not there
-                torchvision.datasets.CelebA(root, download=True)
-                os.rename(f"{root}/{below}", folder)
+            make_folder(root)
+            torchvision.datasets.CelebA(root, download=True)
+            os.makedirs(os.path.dirname(folder), exist_ok=True)
+            os.rename(f"{root}/{below}", folder)        # whole or not there
         except Exception as error:          # whatever its hosts and its unpacking come to
             sys.exit(f"{folder}: not there, and torchvision cannot download it ({first_line(error)})\n"
                      f"{brings}, or name another folder with --data")
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
     if not os.path.isdir(folder):
         sys.exit(f"{folder}: not there; {brings}, or name another folder with --data")
     files = sorted(f"{at}/{file}" for at, _, names in os.walk(folder, followlinks=True) for file in names
@@ -1727,13 +1732,11 @@ def folder_files(name, split, data):
         number = {file: int(stem) if stem.isdecimal() else 0 for file, stem in zip(files, stems)}
         (first, last), (_, whole) = CELEBA[split], CELEBA["test"]
         odd = [os.path.basename(file) for file in files if not 1 <= number[file] <= whole]
-        found = len(files) - len(odd)
         if odd and split == "train":
             print(f"{folder}: left out {len(odd):,} images whose names are no numbers from 1 to {whole:,}, "
                   f"{odd[0]} the first")
-        if found < whole and split == "train":
-            print(f"{folder}: found {found:,} of CelebA's {whole:,} images")
-        return sorted((file for file in files if first <= number[file] <= last), key=number.get)
+        one = {number[file]: file for file in files}            # of one number, if there are several
+        return [one[k] for k in sorted(one) if first <= k <= last]
     if name == "lsun64":
         each = max(10, len(files) // HELD_OUT)
         return [file for i, file in enumerate(files) if (i % each == 0) == (split == "test")]
@@ -1755,24 +1758,32 @@ def load_folders(name, splits, data):
     together("barrier")
     wanted = made(side)
     for path in filter(os.path.exists, paths):
-        with suppress(OSError):
-            with open(path.removesuffix("npy") + "json") as file:
-                how = json.load(file).get("images")
+        about = path.removesuffix("npy") + "json"
+        if os.path.exists(about):
+            how = read_json(about).get("images")
             if how != wanted:
-                sys.exit(f"{path}: found images made as {how!r}, expected {wanted!r}; "
-                         "delete it to have it built anew, or name another folder with --data")
-    return [read_array(path, (3, side, side), "r") if os.path.exists(path) else None for path in paths]
+                sys.exit(f"{path}: {about} says that its images were made as {how!r}, expected {wanted!r}; "
+                         "delete both to have them built anew, or name another folder with --data")
+    arrays = [read_array(path, (3, side, side), "r") if os.path.exists(path) else None for path in paths]
+    for path, split, array in zip(paths, splits, arrays):
+        first, last = CELEBA[split] if name.startswith("celeba") else (1, 0)
+        if array is not None and len(array) < last - first + 1:
+            print(f"{path}: {len(array):,} of CelebA's {last - first + 1:,} images; if the folder has more "
+                  "by now, delete it to have it built anew", flush=True)
+    return arrays
 
 
 @contextmanager
 def alone_in(folder):
-    """Have other commands wait that come here with the same folder, if it is there; a kill lets go of it."""
-    if not fcntl or not os.path.isdir(folder):
-        yield
-        return
-    held = os.open(folder, os.O_RDONLY)
+    """Have other commands wait that come here with the same folder; a kill lets go of it.
+
+    The folder is made if need be, and goes again if nothing has come into it.
+    """
+    there = os.path.isdir(folder)
+    make_folder(folder)
+    held = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        with suppress(OSError):             # of a file system without locks
+        with suppress(OSError, AttributeError):     # of a file system, or of Windows, without locks
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -1780,17 +1791,26 @@ def alone_in(folder):
                 fcntl.flock(held, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(held)
+        if fcntl:
+            os.close(held)
+        if not there:
+            with suppress(OSError):
+                os.rmdir(folder)            # if it is empty
 
 
 def build_missing(name, splits, paths, data):
     """What load_folders builds: of the paths of the splits those that are not there."""
-    side, below, _ = FOLDERS[name]
-    there = os.path.isdir(f"{data}/{below}")        # without it the first array is enough
-    missing = {path: folder_files(name, split, data) if there or path == paths[0] else []
-               for path, split in zip(paths, splits) if not os.path.exists(path)}
+    side, below, brings = FOLDERS[name]
+    missing = {}
+    for path, split in zip(paths, splits):
+        if not os.path.exists(path):        # without the folder the first array is enough
+            needs = path == paths[0] or os.path.isdir(f"{data}/{below}")
+            missing[path] = folder_files(name, split, data) if needs else []
+    if paths[0] in missing and len(missing[paths[0]]) < 2:
+        names = "named 000001.jpg and on; " if name.startswith("celeba") else ""
+        sys.exit(f"{data}/{below}: found {len(missing[paths[0]])} images of {splits[0]}, expected 2 or more; "
+                 f"{names}{brings}")
     if any(missing.values()):
-        make_folder(data)
         begun = sum(os.stat(tmp).st_blocks * 512 for path in missing if os.path.exists(tmp := f"{path}.tmp"))
         needed = sum(map(len, missing.values())) * 3 * side ** 2 - begun
         free = shutil.disk_usage(data).free
@@ -1798,10 +1818,10 @@ def build_missing(name, splits, paths, data):
             sys.exit(f"{', '.join(missing)}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; "
                      "make room, or name another folder with --data")
     for path, files in missing.items():
-        if files or path == paths[0]:
+        if len(files) > 1:
             build_array(path, files, side)
         else:
-            print(f"{path}: not built, {data}/{below} has no images of that split")
+            print(f"{path}: not built, {data}/{below} has {len(files)} images of that split")
 
 
 def made(side):
@@ -1817,24 +1837,27 @@ def build_rows(tmp, files, side, chunks, taken, parent):
     torch.set_num_threads(1)                            # each core has a worker
     warnings.simplefilter("ignore")
     size, rows = 3 * side ** 2, np.empty((CHUNK, 3, side, side), np.uint8)
-    with open(tmp, "r+b") as data, open(f"{tmp}.done", "ab", 0) as done:
-        while os.getppid() == parent:                   # a parent that was killed says nothing
-            with taken.get_lock():
-                taken.value += 1
-                turn = taken.value - 1
-            if turn >= len(chunks):
-                return
-            start = chunks[turn] * CHUNK
-            part, bad = files[start:start + CHUNK], {}
-            for row, file in enumerate(part):
-                try:
-                    rows[row] = central_square(file, side)
-                except Exception as error:              # whatever its decoder stumbles over
-                    bad[start + row] = first_line(error)
-            data.seek(HEAD + start * size)
-            data.write(rows[:len(part)])
-            data.flush()                                # raises where the disk is full
-            done.write(b"\n" + json.dumps([chunks[turn], bad]).encode())     # one write: whole or not there
+    try:
+        with open(tmp, "r+b") as data, open(f"{tmp}.done", "ab", 0) as done:
+            while os.getppid() == parent:               # a parent that was killed says nothing
+                with taken.get_lock():
+                    taken.value += 1
+                    turn = taken.value - 1
+                if turn >= len(chunks):
+                    return
+                start = chunks[turn] * CHUNK
+                part, bad = files[start:start + CHUNK], {}
+                for row, file in enumerate(part):
+                    try:
+                        rows[row] = central_square(file, side)
+                    except Exception as error:          # whatever its decoder stumbles over
+                        bad[start + row] = first_line(error)
+                data.seek(HEAD + start * size)
+                data.write(rows[:len(part)])
+                data.flush()                            # raises where the disk is full
+                done.write(b"\n" + json.dumps([chunks[turn], bad]).encode())     # one write: whole or not
+    except OSError as error:
+        sys.exit(error.errno)                           # for the parent to say
 
 
 def cores():
@@ -1902,17 +1925,20 @@ def build_array(path, files, side):
     built, rate = noted(), (n - before) / (time.perf_counter() - began)
     if images(built) < n:
         codes = sorted({worker.exitcode for worker in workers if worker.exitcode})
-        sys.exit(f"{path}: a process that builds it ended with {codes}, {images(built):,} of {n:,} images "
-                 "are built; the same command goes on with the others")
+        why = [os.strerror(code) if code > 1 else f"exit code {code}" for code in codes]
+        sys.exit(f"{path}: a process that builds it has ended ({', '.join(why)}), {images(built):,} of {n:,} "
+                 "images are built; the same command goes on with the others")
     bad = {row: why for chunk in built.values() for row, why in chunk.items()}
     good = n - len(bad)
     for row in sorted(bad)[:20]:
         print(f"{files[row]}: {bad[row]}")
     if bad:
         print(f"{path}: {len(bad):,} of {n:,} images cannot be read"
-              + (", the first 20 of them above" if len(bad) > 20 else ""))
+              + (", the first 20 of them above, all in the .json beside it" if len(bad) > 20 else ""))
     if good < 2:
-        sys.exit(f"{path}: found {good} images that can be read, expected 2 or more")
+        os.remove(tmp)
+        os.remove(f"{tmp}.done")
+        sys.exit(f"{path}: found {good} images that can be read, expected 2 or more; bring others")
     rows = np.memmap(tmp, np.uint8, "r+", HEAD, (n, size))
     for hole, row in zip((row for row in sorted(bad) if row < good),
                          (row for row in range(good, n) if row not in bad)):
@@ -2304,19 +2330,27 @@ class Judge:
         return dict(scores, features=self.network.name, samples=len(found), reference=self.name)
 
 
-def open_judge(features, reference, device, needed=None, side=None):
-    """The Judge of load_features and reference_statistics, or None where FID's network cannot be fetched.
+def open_features(path, device, needed=None):
+    """The network of load_features, or None where FID's cannot be fetched.
 
-    features, reference, side: as they take them, or a network as load_features returns it. needed: what
-    cannot do without, a name for the message that it exits with. Otherwise it says where the network was
-    looked for: samples can be scored later.
+    needed: what cannot do without, a name for the message that it exits with. Otherwise it says where the
+    network was looked for: samples can be scored later.
     """
     try:
-        network = features if callable(features) else load_features(features, device)
+        return load_features(path, device)
     except OSError as error:
         if needed:
             sys.exit(f"{needed} needs a feature network, to score or to adapt its rates by. {error}")
         print(error)
+
+
+def open_judge(features, reference, device, needed=None, side=None):
+    """The Judge of a network and reference_statistics, or None without a network.
+
+    features: a network, or what open_features takes with needed; reference, side: of reference_statistics.
+    """
+    network = features if callable(features) else open_features(features, device, needed)
+    if network is None:
         return None
     kept = reference_statistics(reference, network, device, side)
     return Judge(network, kept["features"], kept["name"], device, (kept["mean"], kept["root"]))
@@ -2382,14 +2416,13 @@ def join(device):
         return
     rank, local, before = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), []
     if device not in (None, "cpu", "cuda"):
-        sys.exit(f"--device {device}: expected cpu or cuda, as each process takes a GPU of its own"
-                 if rank == 0 else 1)
+        sys.exit(f"--device {device}: expected cpu or cuda, as each process takes a GPU of its own")
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda:
-        here = torch.cuda.device_count()
-        if local >= here:               # the first that is too many says it
-            sys.exit(f"torchrun --nproc-per-node: found more processes than GPUs, expected {here} or fewer"
-                     if local == here else 1)
+        here, wanted = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if wanted > here:
+            sys.exit(f"torchrun --nproc-per-node: found {wanted} processes, expected {here} or fewer, as "
+                     "each takes a GPU of its own")
         torch.cuda.set_device(local)
     stop_when_told(rank, before)
     # The first process may build arrays or score for long, and torchrun sees to it that all end with one.
@@ -2423,8 +2456,8 @@ def stop_when_told(rank, before):
                 if select.select([told], [], [], 1)[0] and os.read(told, 1)[0] == signal.SIGTERM:
                     break
             if len(before) == rank and not any(map(left, before)):
-                print("stopped, as torchrun or one of its processes has ended; with --resume the same "
-                      "command goes on from the last checkpoint", file=sys.stderr, flush=True)
+                print("stopped, as torchrun or one of its processes has ended: a message above says why; "
+                      "without one, the same command goes on with --resume", file=sys.stderr, flush=True)
         finally:
             os._exit(1)         # also where nobody reads what is printed any more
     threading.Thread(target=wait, daemon=True).start()
@@ -2742,7 +2775,9 @@ def replacing(path):
         with open(f"{path}.tmp", "wb") as file:
             yield file
         os.replace(f"{path}.tmp", path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            error.filename = error.filename or path     # which a write does not name
         if os.path.exists(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
         raise
@@ -2754,12 +2789,18 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=1) + "\n").encode())
 
 
-def read_result(folder, *keys):
-    """The values of keys in FOLDER/result.json as a dict, None for what is not there."""
+def read_json(path):
+    """The dict in a JSON file, an empty one if it is not there or holds none."""
     kept = {}
     with suppress(OSError, ValueError):
-        with open(f"{folder}/result.json") as file:
+        with open(path) as file:
             kept = json.load(file)
+    return kept if isinstance(kept, dict) else {}
+
+
+def read_result(folder, *keys):
+    """The values of keys in FOLDER/result.json as a dict, None for what is not there."""
+    kept = read_json(f"{folder}/result.json")
     return {key: kept.get(key) for key in keys}
 
 
@@ -2865,7 +2906,8 @@ def read_checkpoint(folder, settings):
 def load(folder, state, settings):
     """Bring a run's state to FOLDER/checkpoint.pt and return its step, 0 if absent; always before capture().
 
-    An optimizer's load_state_dict swaps the tensors that a graph has burnt in. Exits as read_checkpoint does.
+    An optimizer's load_state_dict swaps the tensors that a graph has burnt in. Exits as read_checkpoint does,
+    and with a message if a state does not fit.
     """
     kept = read_checkpoint(folder, settings)
     if kept is None:
@@ -2874,7 +2916,10 @@ def load(folder, state, settings):
     if "generators" in kept:
         own |= kept["generators"][ranks()[0]]
     for name, s in state.items():
-        (s.set_state if isinstance(s, torch.Generator) else s.load_state_dict)(own[name])
+        try:
+            (s.set_state if isinstance(s, torch.Generator) else s.load_state_dict)(own[name])
+        except ValueError as error:
+            sys.exit(f"{folder}/checkpoint.pt: {error}")
         if isinstance(s, torch.optim.Optimizer):
             for group in s.param_groups:
                 if torch.is_tensor(group["lr"]):        # loaded to the CPU, and left there by load_state_dict
@@ -2997,7 +3042,9 @@ def flags(doc, methods, default, steps, images):
         return text or "."
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help explains the flags\n")
+    first = os.environ.get("RANK", "0") == "0"      # of several processes, which all find the same
+    parser.error = lambda message: parser.exit(
+        2, f"{parser.prog}: {message}; --help explains the flags\n" if first else None)
     add = parser.add_argument
     add("--method", nargs="+", default=default, choices=list(methods), metavar="NAME",
         help=f"one or more of {', '.join(methods)} {standing(default and ' '.join(default))}")
@@ -3094,16 +3141,22 @@ def draw_figures(script, namespace, args, finished):
 
 def run(main):
     """Call a script's main(); Ctrl-C ends it in words, those of the first process if there are several."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be of any bytes
     try:
         main()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"{error.filename or 'the disk'}: {os.strerror(error.errno)}; make room, and with --resume "
+                 "the same command goes on from the last checkpoints, if there are any")
     except KeyboardInterrupt:
         if ranks()[0] == 0:
             print("\nstopped; with --resume the same command goes on from the last checkpoints, if there are "
                   "any", file=sys.stderr)
         sys.exit(130)
     except SystemExit as end:       # a message is that of the first process, unless that has none
-        if isinstance(end.code, str) and ranks()[0]:
-            time.sleep(10)
+        if isinstance(end.code, str) and os.environ.get("RANK", "0") != "0":
+            time.sleep(10)              # torchrun ends this process meanwhile
         raise
     if ranks()[1] > 1:
         gc.collect()                # captured graphs, which hold what is destroyed here

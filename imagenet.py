@@ -164,12 +164,11 @@ def main(argv=None):
     args = common.parse(common.flags(__doc__, METHODS, ["sn-smmd"], STEPS, images=True), argv, {}, {})
     common.join(args.device)
     device = common.setup(args.device)
+    adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
+    network = common.open_features(args.features, device, adaptive) if common.ranks()[0] == 0 else None
     images, _ = common.load_folders("imagenet64", ("train", "val"), args.data)
     images = common.on_device(images, device)
-    adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
-    judge = None
-    if common.ranks()[0] == 0:
-        judge = common.open_judge(args.features, f"{args.data}/imagenet64-val.npy", device, adaptive)
+    judge = network and common.open_judge(network, f"{args.data}/imagenet64-val.npy", device)
     common.train_runs(__file__, globals(), args, argv, device,
                       lambda run: train(*run, args.steps, device, images, FINAL, judge))
 

@@ -93,8 +93,9 @@ METHODS = {
     "sn-gcmmd":     dict(SCALED, distance="gcmmd", lam=1.0, spectral="learned"),
 }
 METHODS |= common.released(METHODS, {"dcgan16": "columns"})
-# Ours: footnote 19's activation penalty, at the weight that it has for rq*, with the kernels that need it too
-METHODS |= {f"{name}-activation": dict(METHODS[name], activation=1.0) for name in ("mmd-rbf-16", "mmd-dot-16")}
+# Ours: footnote 19's activation penalty with the others of these kernels as with rq*, and like weights
+METHODS |= {f"{name}-activation": METHODS[name] | ONE | dict(activation=1.0) for name in (
+    "mmd-rbf-16", "mmd-dot-16", "mmd-dist-16")}
 METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 
 # The rows of a paper's table, its number of samples, updates: the paper's are 50,000

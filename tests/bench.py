@@ -10,6 +10,8 @@
     python tests/bench.py tf32 --features FILE            what TF32 does to scores of CIFAR-10's images
     python tests/bench.py gcmmd                           the gradient-constrained MMD on MNIST, exact and by
                                                           the paper's incomplete Cholesky
+    python tests/bench.py critic                          why critics of MMDs come apart: six of mnist.py
+                                                          alone, each two minutes on a CPU core
     python tests/bench.py input --images 162770           celeba.py's sn-smmd with its images on the GPU, in
                                                           the page cache and on disk, of a file in --data
     python tests/bench.py build --set imagenet64          an array from its folder, and its bare decoding
@@ -225,6 +227,44 @@ def gcmmd(data, times=5):
     print(common.table(head, rows))
 
 
+def critic(methods, device, data, updates=800, held=500):
+    """Train critics of mnist.py without a generator: digits are data, others, dimmed less and less, samples.
+
+    A row has the critic's loss, and in brackets the MMD of so many images held out over its noise: what it is
+    in the mean, biased, for a batch of samples that agree with the data.
+    """
+    images, rows = common.load_images("mnist", "train", data).to(device), []
+    for method in methods:
+        torch.manual_seed(0)
+        row, rng = mnist.METHODS[method], torch.Generator(device).manual_seed(0)
+        f = mnist.networks(row)[1].to(device)
+        kernel = common.kernels(mnist.SIGMA, mnist.RBF, mnist.ALPHA, device)[row["kernel"]]
+        game = common.Game(row, f, None, kernel, rng).to(device)
+        opt, light, found = common.optimizer(game, row["adam"]), [], [method]
+
+        def draw(n, c):
+            x, y = ((common.draw_images(images, n, rng) + 1) / 2 for _ in range(2))
+            return x, c * y
+
+        for step in range(updates + 1):
+            c = 1 - 0.5 * min(1, (1 - step / updates) / 0.75) ** 2
+            loss = game.critic(*draw(mnist.BATCH, c))
+            if step and step % (updates // 8) == 0:
+                with torch.no_grad():
+                    K_xx, _, K_yy = K_all = common.gram(kernel, *map(f, draw(held, c)))
+                signal = common.mmd2(*K_all, unbiased=True)
+                off = sum(common.mmd2(K, K, K, unbiased=True) for K in (K_xx, K_yy))
+                noise = -off * held / 2 / mnist.BATCH
+                ratio = (signal.clamp(min=0) / noise).sqrt()
+                light.append(f"{c:.2f}")
+                found.append(f"{float(loss.detach()):.2f} ({float(ratio):.1f})")
+            common.descend((opt, loss))
+        rows.append(found)
+    print(f"{', '.join(common.machine(device).values())}, mnist.py: a critic's loss (MMD over its noise) at "
+          "samples so light")
+    print(common.table(["method", *light], rows))
+
+
 def waiting(device, n, data):
     """Milliseconds per update of sn-smmd at 160x160, and the share of them that it waits for images."""
     path, rng, rows = f"{data}/random178.npy", np.random.default_rng(0), []
@@ -295,10 +335,10 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", nargs="?", default="methods", help="(methods)",
-                        choices=["methods", "metrics", "tf32", "gcmmd", "input", "build"])
+                        choices=["methods", "metrics", "tf32", "gcmmd", "critic", "input", "build"])
     parser.add_argument("--images", type=int, default=50_000, metavar="N", help="of metrics, input (50,000)")
     parser.add_argument("--features", metavar="FILE", help="of tf32: a feature network, .pt2 or .pth")
-    parser.add_argument("--data", default="data", metavar="DIR", help="of tf32, gcmmd, input, build (data)")
+    parser.add_argument("--data", default="data", metavar="DIR", help="of all but methods, metrics (data)")
     parser.add_argument("--set", default="celeba178", choices=list(common.FOLDERS), help="(celeba178)")
     parser.add_argument("--script", default="cifar", choices=list(SCRIPTS), help="(cifar)")
     parser.add_argument("--method", nargs="+", metavar="NAME", help="(all)")
@@ -316,6 +356,10 @@ def main():
         return tf32(device, args.features, args.data)
     if args.what == "gcmmd":
         return gcmmd(args.data)
+    if args.what == "critic":
+        kernels = ("mmd-dot-16", "mmd-rbf-16", "mmd-dist-16")
+        both = [name for kernel in kernels for name in (kernel, f"{kernel}-activation")]
+        return critic(args.method or both, device, args.data)
     if args.what == "input":
         return waiting(device, args.images, args.data)
     script = SCRIPTS[args.script]

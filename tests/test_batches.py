@@ -52,7 +52,7 @@ def test_threads_give_the_batches_of_the_direct_path():
 
 def test_a_run_goes_on_with_its_own_images():
     state = common.Batches(numbered(20), 4, 0, torch.device("cpu")).state_dict()
-    with pytest.raises(SystemExit, match="found a run on 20 images, expected 19: "):
+    with pytest.raises(ValueError, match="found a run on 20 images, expected 19: "):
         common.Batches(numbered(19), 4, 0, torch.device("cpu")).load_state_dict(state)
 
 

@@ -223,7 +223,7 @@ def test_no_images(monkeypatch):
         monkeypatch.setattr(common.torchvision.datasets, "CelebA", lambda *args, **kwargs: 1 / 0)
         with says("data/" + {"celeba178": "celeba/img_align_celeba", "imagenet64": "imagenet/train"}[array],
                   "not there", "--data"):
-            run(script)
+            run(script, "--features", export("features-tiny.pt2"))
 
 
 def test_rates_need_a_feature_network(monkeypatch):

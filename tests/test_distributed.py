@@ -139,6 +139,13 @@ def test_a_process_that_dies_ends_the_others_and_resuming_goes_on(folder, rank):
     assert all(np.array_equal(a[name], b[name], equal_nan=True) for name in names)
 
 
+@pytest.mark.parametrize("method, said", [
+    ("nosuch", "invalid choice: 'nosuch'"), ("gram", "found rows of none")])
+def test_what_all_processes_find_wrong_is_said_once(folder, method, said):
+    done = torchrun("train", "--steps", 8, "--out", "never", "--method", method, check=False)
+    assert done.returncode and done.stderr.count(said) == 1 and not os.path.exists("never")
+
+
 def test_processes_end_when_torchrun_is_killed(folder):
     given = [*LAUNCH, "train", "--steps", "100000", "--out", "killed"]
     with open("killed.txt", "w") as words:

@@ -103,7 +103,7 @@ def test_images_that_cannot_be_read_are_named_and_left_out(celeba, capsys):
     [images] = load()
     printed = capsys.readouterr().out
     assert "left out 3 images whose names are no numbers from 1 to 202,599" in printed
-    assert " of CelebA's 202,599 images" in printed
+    assert "celeba178-train.npy: 5 of CelebA's 162,770 images" in printed
     assert "4 of 9 images cannot be read" in printed and "100x120, expected 178x178 or more" in printed
     told = json.load(open("data/celeba178-train.json"))["left out"]
     assert [os.path.basename(file)[:-4] for file in told] == ["000003", "000005", "000009", "000010"]
@@ -122,7 +122,8 @@ def test_an_array_that_is_there_needs_no_folder(celeba, capsys):
     first = load()[0].clone()
     celeba.rename("elsewhere")
     capsys.readouterr()
-    assert (load()[0] == first).all() and capsys.readouterr().out == ""
+    assert (load()[0] == first).all()
+    assert capsys.readouterr().out.startswith("data/celeba178-train.npy: 7 of CelebA's 162,770 images")
     os.remove("data/celeba178-train.json")
     assert (load()[0] == first).all()                   # an array of the user's own
 
@@ -137,8 +138,9 @@ def test_celeba_s_standard_split(celeba):
              for split in ("train", "val", "test")}
     assert stems == {"train": [f"{i:06d}" for i in range(1, 8)] + ["162770"], "val": ["162771", "182637"],
                      "test": ["182638", "202599"]}
-    (celeba / "9.jpg").write_bytes(b""), (celeba / "10.jpg").write_bytes(b"")
-    files = common.folder_files("celeba178", "train", "data")       # by number, not by name
+    (celeba / "9.jpg").write_bytes(b""), (celeba / "10.jpg").write_bytes(b""), (celeba / "again").mkdir()
+    (celeba / "again" / "9.jpg").write_bytes(b"")
+    files = common.folder_files("celeba178", "train", "data")       # by number, not by name, one of each
     assert [int(os.path.basename(file)[:-4]) for file in files] == [*range(1, 8), 9, 10, 162_770]
 
 
@@ -195,8 +197,34 @@ def test_folders_without_images(tmp_path, monkeypatch):
         load("lsun64")
     assert not [name for name in os.listdir("data") if ".npy" in name]
     open("data/lsun/1.jpg", "w").close(), open("data/lsun/2.jpg", "w").close()
+    with says("data/lsun: found 1 images of train, expected 2 or more"):        # the other one is held out
+        load("lsun64")
+    open("data/lsun/3.jpg", "w").close()
     with says("lsun64-train.npy: found 0 images that can be read, expected 2 or more"):
         load("lsun64")
+    assert os.listdir("data") == ["lsun"]
+
+
+def test_names_that_are_no_numbers(celeba, capsys):
+    for i in range(2, 8):
+        (celeba / f"{i:06d}.jpg").rename(celeba / f"face{i}.jpg")
+    with says("img_align_celeba: found 1 images of train, expected 2 or more; named 000001.jpg and on"):
+        load()
+    assert os.listdir("data") == ["celeba"]
+
+
+def test_one_image_is_no_split(celeba, capsys):
+    jpeg(celeba / "202599.jpg", 1)
+    assert load("celeba178", "train", "test")[1] is None
+    assert "celeba178-test.npy: not built, data/celeba/img_align_celeba has 1 im" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_damaged_description_of_an_array(celeba, text):
+    load()
+    open("data/celeba178-train.json", "w").write(text)
+    with says("data/celeba178-train.json says", "made as None, expected 'central square", "delete both"):
+        load()
 
 
 def test_what_could_not_be_read_is_tried_again(celeba):
@@ -212,7 +240,7 @@ def test_what_could_not_be_read_is_tried_again(celeba):
 def test_a_download_is_whole_or_not_there(tmp_path, monkeypatch):
     def partial(root, download):
         os.makedirs(f"{root}/celeba/img_align_celeba")
-        for i in range(1, 4):
+        for i in (1, 2, 3, 202_598, 202_599):
             jpeg(f"{root}/celeba/img_align_celeba/{i:06d}.jpg", i)
         if broken:
             raise OSError("no space")
@@ -221,9 +249,11 @@ def test_a_download_is_whole_or_not_there(tmp_path, monkeypatch):
     broken = True
     with says("celeba/img_align_celeba: not there", "no space"):
         load()
-    assert os.listdir("data/celeba") == []
+    assert os.listdir() == []
     broken = False
-    assert len(load()[0]) == 3 and os.listdir("data/celeba") == ["img_align_celeba"]
+    os.makedirs("data/celeba.tmp/celeba/img_align_celeba")      # of a kill
+    assert [len(images) for images in load("celeba178", "train", "test")] == [3, 2]
+    assert os.listdir("data/celeba") == ["img_align_celeba"] and not os.path.exists("data/celeba.tmp")
 
 
 def test_too_little_disk(celeba, monkeypatch):
@@ -240,7 +270,7 @@ def test_arrays_of_another_size_or_crop(celeba):
     load()
     told = json.load(open("data/celeba178-train.json"))
     json.dump(dict(told, images="upper left corner"), open("data/celeba178-train.json", "w"))
-    with says("celeba178-train.npy", "upper left corner", "expected 'central square, 178x178", "delete it"):
+    with says("celeba178-train.npy", "upper left corner", "expected 'central square, 178x178", "delete both"):
         load()
     os.remove("data/celeba178-train.json")
     np.save("data/celeba178-train.npy", np.zeros((4, 3, 160, 160), np.uint8))
@@ -299,10 +329,25 @@ def test_two_commands_build_one_array(celeba):
     scripts = [subprocess.Popen(typed, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = sorted((script.communicate()[0] for script in scripts), key=len)
     assert [script.returncode for script in scripts] == [0, 0]
-    assert printed[0] == "data: waiting for another command, which builds an array there\n"
+    assert printed[0].splitlines()[:-1] == ["data: waiting for another command, which builds an array there"]
     assert sum(line.endswith(".jpg") for line in printed[1].splitlines()) == 25
     for found, number in zip(np.load("data/celeba178-train.npy"), range(1, 26), strict=True):
         assert np.array_equal(found, common.central_square(celeba / f"{number:06d}.jpg", 178))
+
+
+def test_the_first_command_is_alone_in_a_folder_that_it_makes(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    for name, kept in (("empty", False), ("filled", True)):
+        folder = tmp_path / name
+        with common.alone_in(str(folder)):
+            other = os.open(folder, os.O_RDONLY)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if kept:
+                (folder / "file").touch()
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(other)
+        assert folder.is_dir() == kept
 
 
 class Full(io.FileIO):
@@ -326,7 +371,7 @@ def test_a_full_disk_leaves_no_image_half_written(celeba, monkeypatch):
         return io.BufferedRandom(raw) if buffering else raw
     monkeypatch.setattr(common, "CHUNK", 1)
     monkeypatch.setattr(common.os, "sched_getaffinity", lambda pid: {0}, raising=False)
-    with monkeypatch.context() as patch, says("celeba178-train.npy", "ended with [1]", "2 of 7 images"):
+    with monkeypatch.context() as patch, says("celeba178-train.npy", "ended (No space left", "2 of 7"):
         patch.setattr(common, "open", on_full, raising=False)
         load()
     [images] = load()
@@ -335,8 +380,8 @@ def test_a_full_disk_leaves_no_image_half_written(celeba, monkeypatch):
 
 
 def test_a_half_built_array_of_other_files_is_begun_anew(celeba, monkeypatch):
-    monkeypatch.setattr(common, "build_rows", lambda *args: os._exit(3))
-    with says("celeba178-train.npy", "ended with [3]", "0 of 7 images", "the same command goes on"):
+    monkeypatch.setattr(common, "build_rows", lambda *args: os._exit(1))
+    with says("celeba178-train.npy", "ended (exit code 1)", "0 of 7 images", "the same command goes on"):
         load()
     monkeypatch.undo()
     os.chdir(celeba.parent.parent.parent)
@@ -356,6 +401,4 @@ def test_progress(celeba, capsys, monkeypatch):
     load()
     printed = capsys.readouterr().out
     assert "built once, 7 images by" in printed and " images/s, " in printed and " left" in printed
-    found, first, *_ = printed.splitlines()
-    assert found.endswith(": found 7 of CelebA's 202,599 images")
-    assert first.startswith("data/celeba178-train.npy: ")
+    assert printed.startswith("data/celeba178-train.npy: ")

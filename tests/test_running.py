@@ -1,7 +1,10 @@
 """Running and keeping: state put back, coroutines, logs, checkpoints, files that are whole or not there."""
+import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import common
 from conftest import says
 
+ROOT = os.path.dirname(os.path.abspath(common.__file__))
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -162,6 +166,27 @@ def test_ctrl_c_ends_with_a_word(capsys):
     with pytest.raises(SystemExit) as end:
         common.run(main)
     assert end.value.code == 130 and "--resume" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_with_a_word(tmp_path):
+    def main():
+        with common.replacing(f"{tmp_path}/checkpoint.pt"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with says("checkpoint.pt: No space left on device; make room", "--resume"):
+        common.run(main)
+    assert os.listdir(tmp_path) == []
+
+    def broken():
+        open(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError):      # a defect is not the user's
+        common.run(broken)
+
+
+def test_names_of_files_may_be_of_any_bytes():
+    code = "import os, common; common.run(lambda: print(os.fsdecode(b'caf\\xe9.jpg')))"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True,
+                             env=dict(os.environ, PYTHONIOENCODING="utf-8:strict")).stdout
+    assert printed.strip() == b"caf\\udce9.jpg"
 
 
 # ---- files ------------------------------------------------------------------------------------------------
