@@ -180,7 +180,7 @@ def test_features_and_scores(tmp_path, monkeypatch):
     for kind in ("plain", "tuple"):
         features = common.load_features(export(tmp_path / f"features-{kind}.pt2", kind), cpu)
         assert features.name == kind
-        found, logits = common.extract(features, images, cpu)           # 501 = 250 + 250 + 1
+        found, logits = common.extract(features, images, cpu)           # in parts, none of one image
         assert torch.allclose(found, Features("plain")(images))
         assert logits is None if kind == "plain" else torch.allclose(logits, found[:, :3])
     judge = common.open_judge(str(tmp_path / "features-tuple.pt2"), str(tmp_path / "samples.npy"), cpu)

@@ -389,7 +389,7 @@ def test_another_network_may_judge(capsys):
     printed = capsys.readouterr().out
     assert "any; 20 samples against mnist-test" in printed and "accuracy" not in printed
     assert not os.path.exists("data/features-lenet.pth")
-    with says("features-tiny.pt2: fails on uint8 [30, 3, 28, 28]"):
+    with says("features-tiny.pt2: fails on uint8 [10, 3, 28, 28]"):
         run("--features", export("features-tiny.pt2"), "--steps", 2)
 
 
