@@ -269,7 +269,7 @@ def main(argv=None):
     device, samples = common.setup(args.device), args.samples or FINAL
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
     needed = f"--figure {args.figure}" if args.figure == "scores" else adaptive
-    network = common.open_features(args.features, device, needed) if common.ranks()[0] == 0 else None
+    network = common.open_features(args.features, device, needed)
     images, test = common.load_folders(chosen["array"], ("train", "test"), args.data)
     images = common.on_device(images, device)
     reference = f"{args.data}/{chosen['array']}-{'train' if test is None else 'test'}.npy"

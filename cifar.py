@@ -70,7 +70,7 @@ GMMN = dict(nets="gmmn", distance="mmd", kernel="gmmn", critic=0, steps=0, adam=
 SCALED = dict(MMD, nets="sngan", kernel="unit", critic=1, decay=0.8, scale=10.0)
 SN, LEARNED, OFTEN = dict(SCALED, spectral="fixed"), dict(SCALED, spectral="learned"), dict(every=2_000)
 METHODS = {
-    "gram":         dict(GRAM, form="swap", ridge=1.0, paper="5.54, 24.85 ± 0.94"),        # p, q exchanged
+    "gram":         dict(GRAM, form="swap", ridge=1.0, paper="5.54, 24.85 ± 0.94"),  # eq. 9, p, q exchanged
     "gram-flow":    dict(GRAM, form="flow", ridge=1e-2),                                # GRAMFlow's objective
     "gram-eq9":     dict(PRINTED, form="sum", paper="5.54, 24.85 ± 0.94"),              # eq. 9 as printed
     "gram-clip":    dict(PRINTED, form="clip"),                                         # footnote 3

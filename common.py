@@ -1750,27 +1750,30 @@ def load_folders(name, splits, data):
     a look at the disk's free space. Exits with a message if that fails, or if an array is of another size, or
     DATA/NAME-SPLIT.json says that its images were made in another way.
     """
-    side, below, _ = FOLDERS[name]
     paths = [f"{data}/{name}-{split}.npy" for split in splits]
     if ranks()[0] == 0 and not all(map(os.path.exists, paths)):     # the other processes wait
         with alone_in(data):
             build_missing(name, splits, paths, data)
     together("barrier")
-    wanted = made(side)
-    for path in filter(os.path.exists, paths):
-        about = path.removesuffix("npy") + "json"
-        if os.path.exists(about):
-            how = read_json(about).get("images")
-            if how != wanted:
-                sys.exit(f"{path}: {about} says that its images were made as {how!r}, expected {wanted!r}; "
-                         "delete both to have them built anew, or name another folder with --data")
-    arrays = [read_array(path, (3, side, side), "r") if os.path.exists(path) else None for path in paths]
-    for path, split, array in zip(paths, splits, arrays):
-        first, last = CELEBA[split] if name.startswith("celeba") else (1, 0)
-        if array is not None and len(array) < last - first + 1:
-            print(f"{path}: {len(array):,} of CelebA's {last - first + 1:,} images; if the folder has more "
-                  "by now, delete it to have it built anew", flush=True)
-    return arrays
+    return [read_built(path, name, split) if os.path.exists(path) else None
+            for path, split in zip(paths, splits)]
+
+
+def read_built(path, name, split):
+    """An array of load_folders; says whether it has but a part of CelebA's split."""
+    side, about = FOLDERS[name][0], path.removesuffix("npy") + "json"
+    how, wanted = read_json(about).get("images"), made(side)
+    if os.path.exists(about) and how != wanted:
+        sys.exit(f"{path}: {about} says that its images were made as {how!r}, expected {wanted!r}; "
+                 "delete both to have them built anew, or name another folder with --data")
+    images = read_array(path, (3, side, side), "r")
+    if name.startswith("celeba"):
+        first, last = CELEBA[split]
+        whole = last - first + 1
+        if len(images) < whole:
+            print(f"{path}: {len(images):,} of CelebA's {whole:,} images; if the folder has more by now, "
+                  "delete it to have it built anew", flush=True)
+    return images
 
 
 @contextmanager
@@ -1837,27 +1840,32 @@ def build_rows(tmp, files, side, chunks, taken, parent):
     torch.set_num_threads(1)                            # each core has a worker
     warnings.simplefilter("ignore")
     size, rows = 3 * side ** 2, np.empty((CHUNK, 3, side, side), np.uint8)
+    with open(tmp, "r+b") as data, open(f"{tmp}.done", "ab", 0) as done:
+        while os.getppid() == parent:                   # a parent that was killed says nothing
+            with taken.get_lock():
+                taken.value += 1
+                turn = taken.value - 1
+            if turn >= len(chunks):
+                return
+            start = chunks[turn] * CHUNK
+            part, bad = files[start:start + CHUNK], {}
+            for row, file in enumerate(part):
+                try:
+                    rows[row] = central_square(file, side)
+                except Exception as error:              # whatever its decoder stumbles over
+                    bad[start + row] = first_line(error)
+            data.seek(HEAD + start * size)
+            data.write(rows[:len(part)])
+            data.flush()                                # raises where the disk is full
+            done.write(b"\n" + json.dumps([chunks[turn], bad]).encode())     # one write: whole or not there
+
+
+def builder(*given):
+    """build_rows in a process of its own, whose exit code says what the disk would not do, for its parent."""
     try:
-        with open(tmp, "r+b") as data, open(f"{tmp}.done", "ab", 0) as done:
-            while os.getppid() == parent:               # a parent that was killed says nothing
-                with taken.get_lock():
-                    taken.value += 1
-                    turn = taken.value - 1
-                if turn >= len(chunks):
-                    return
-                start = chunks[turn] * CHUNK
-                part, bad = files[start:start + CHUNK], {}
-                for row, file in enumerate(part):
-                    try:
-                        rows[row] = central_square(file, side)
-                    except Exception as error:          # whatever its decoder stumbles over
-                        bad[start + row] = first_line(error)
-                data.seek(HEAD + start * size)
-                data.write(rows[:len(part)])
-                data.flush()                            # raises where the disk is full
-                done.write(b"\n" + json.dumps([chunks[turn], bad]).encode())     # one write: whole or not
+        build_rows(*given)
     except OSError as error:
-        sys.exit(error.errno)                           # for the parent to say
+        sys.exit(error.errno)
 
 
 def cores():
@@ -1907,7 +1915,7 @@ def build_array(path, files, side):
     context = multiprocessing.get_context(kind)
     taken = context.Value("q", 0)
     given = (tmp, files, side, left, taken, os.getpid())
-    workers = [context.Process(target=build_rows, args=given, daemon=True)
+    workers = [context.Process(target=builder, args=given, daemon=True)
                for _ in range(min(cores(), len(left)))]
     before, began, shown = images(built), time.perf_counter(), time.perf_counter()
     print(f"{path}: built once, {n:,} images by {len(workers)} processes"
@@ -2244,7 +2252,7 @@ def extract(features, images, device):
 
     Images of one channel are taken for grey ones.
     """
-    at_once = 250 if device.type == "cuda" else 10          # what is in between stays in a CPU's cache
+    at_once = 250 if device.type == "cuda" else 10          # on a CPU 250 take most of it for new pages
     parts = images.tensor_split(math.ceil(len(images) / at_once))   # nearly equal, never one image alone
     found = [[out if out is None else out.float().cpu()
               for out in features(part.to(device).expand(-1, 3, -1, -1))] for part in parts]
@@ -2332,17 +2340,20 @@ class Judge:
 
 
 def open_features(path, device, needed=None):
-    """The network of load_features, or None where FID's cannot be fetched.
+    """The network of load_features, None where FID's cannot be fetched, and in processes but the first.
 
     needed: what cannot do without, a name for the message that it exits with. Otherwise it says where the
     network was looked for: samples can be scored later.
     """
+    if ranks()[0]:
+        return None
     try:
         return load_features(path, device)
     except OSError as error:
         if needed:
             sys.exit(f"{needed} needs a feature network, to score or to adapt its rates by. {error}")
         print(error)
+        return None
 
 
 def open_judge(features, reference, device, needed=None, side=None):
@@ -2396,6 +2407,11 @@ def ranks():
     """Which process this is and of how many that torchrun has started for one run: (0, 1) without it."""
     there = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
+
+
+def speaks():
+    """Whether this process says what all find wrong: the only one or torchrun's first, also before join()."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def own_seed(seed):
@@ -3043,9 +3059,8 @@ def flags(doc, methods, default, steps, images):
         return text or "."
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    first = os.environ.get("RANK", "0") == "0"      # of several processes, which all find the same
     parser.error = lambda message: parser.exit(
-        2, f"{parser.prog}: {message}; --help explains the flags\n" if first else None)
+        2, f"{parser.prog}: {message}; --help explains the flags\n" if speaks() else None)
     add = parser.add_argument
     add("--method", nargs="+", default=default, choices=list(methods), metavar="NAME",
         help=f"one or more of {', '.join(methods)} {standing(default and ' '.join(default))}")
@@ -3156,7 +3171,7 @@ def run(main):
                   "any", file=sys.stderr)
         sys.exit(130)
     except SystemExit as end:       # a message is that of the first process, unless that has none
-        if isinstance(end.code, str) and os.environ.get("RANK", "0") != "0":
+        if isinstance(end.code, str) and not speaks():
             time.sleep(10)              # torchrun ends this process meanwhile
         raise
     if ranks()[1] > 1:

@@ -165,7 +165,7 @@ def main(argv=None):
     common.join(args.device)
     device = common.setup(args.device)
     adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
-    network = common.open_features(args.features, device, adaptive) if common.ranks()[0] == 0 else None
+    network = common.open_features(args.features, device, adaptive)
     images, _ = common.load_folders("imagenet64", ("train", "val"), args.data)
     images = common.on_device(images, device)
     judge = network and common.open_judge(network, f"{args.data}/imagenet64-val.npy", device)

@@ -94,7 +94,7 @@ METHODS = {
 }
 METHODS |= common.released(METHODS, {"dcgan16": "columns"})
 # Ours: footnote 19's activation penalty with the others of these kernels as with rq*, and like weights
-METHODS |= {f"{name}-activation": METHODS[name] | ONE | dict(activation=1.0) for name in (
+METHODS |= {f"{name}-activation": dict(METHODS[name], **ONE, activation=1.0) for name in (
     "mmd-rbf-16", "mmd-dot-16", "mmd-dist-16")}
 METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 

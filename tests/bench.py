@@ -253,8 +253,9 @@ def critic(methods, device, data, updates=800, held=500):
                 with torch.no_grad():
                     K_xx, _, K_yy = K_all = common.gram(kernel, *map(f, draw(held, c)))
                 signal = common.mmd2(*K_all, unbiased=True)
-                off = sum(common.mmd2(K, K, K, unbiased=True) for K in (K_xx, K_yy))
-                noise = -off * held / 2 / mnist.BATCH
+                # of a set and itself: -2 / held times what a point's own pair exceeds the others' by
+                own = -held / 2 * sum(common.mmd2(K, K, K, unbiased=True) for K in (K_xx, K_yy))
+                noise = own / mnist.BATCH
                 ratio = (signal.clamp(min=0) / noise).sqrt()
                 light.append(f"{c:.2f}")
                 found.append(f"{float(loss.detach()):.2f} ({float(ratio):.1f})")
