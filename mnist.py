@@ -1,7 +1,7 @@
 """MNIST: from MMD-nets to the gradient-constrained MMD, one row a method.
 
     python mnist.py                                     GRAM, Figure 8: 16 minutes on a CPU core
-    python mnist.py --table demystifying                Table 3, Figure 2 of Demystifying MMD GANs: 8 on an H200
+    python mnist.py --table demystifying                Table 3 of Demystifying MMD GANs: 8 minutes, H200
     python mnist.py --figure gcmmd                      Figure 6 of Scaled MMD: its exact distance, and SMMD's
     python mnist.py --method gmmn gmmn-ae gamn wgan-gp  what GAMN's Figure 2 shows, side by side
 
