@@ -127,7 +127,7 @@ METHODS |= {f"{name}-300": dict(METHODS[name], batch=300, paper=paper) for name,
     "mmdgan": "5.43", "mmdgan-noae": "5.15", "mmdgan-nofsr": "3.68", "mmdgan-plain": "3.87"}.items()}
 METHODS |= common.released(METHODS, {"dcgan": "columns", "dcgan16": "columns", "sngan": "pixels"})
 # Ours: footnote 19's activation penalty with the others of these kernels as with rq*, and like weights
-METHODS |= {f"{name}-activation": dict(METHODS[name], **ONE, activation=1.0) for name in (
+METHODS |= {f"{name}-activation": dict(METHODS[name], **ONE, activation=1.0, paper="-") for name in (
     "mmd-rbf-16", "mmd-dot-16", "mmd-dist-16")}
 
 # GRAM, Figure 5: {axis: {row: its place there}}; the paper's values of a and b are not in its text
@@ -228,8 +228,6 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         sampler.follow(g)
 
     def critic_steps(step):
-        if "encode" in row:
-            return ENCODE if step == 0 else 0
         return BURST if "burst" in row and (step < BURST_UNTIL or step % BURST_EVERY == 0) else row["steps"]
 
     def cycle(n):
@@ -258,6 +256,8 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
     yield                               # when all runs are ready, the clock starts
     log.start(step)
+    if "encode" in row and step == 0:
+        yield from common.encode(ascend, ENCODE, folder)
     while step < steps:
         cycle(critic_steps(step))
         step += 1

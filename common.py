@@ -1628,8 +1628,9 @@ def load_images(name, split, folder, least=1):
         try:
             data = source(f"{folder}/torchvision", train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
-            with suppress(OSError):
-                os.rmdir(f"{folder}/torchvision")       # if it is empty
+            with suppress(OSError):                     # what is empty goes
+                for path_made, *_ in os.walk(f"{folder}/torchvision", topdown=False):
+                    os.rmdir(path_made)
             wanted = f"uint8 array [N, {', '.join(map(str, shape))}]"
             sys.exit(f"{path}: not there, and torchvision cannot download {name} ({first_line(error)})\n"
                      f"go online, put a {wanted} there, or name its folder with --data")
@@ -1651,14 +1652,16 @@ def load_labels(name, split, folder, n):
     Exits with a message if the file is not there or holds no such array.
     """
     path = f"{folder}/{name}-{split}-labels.npy"
-    wanted = (f"expected uint8 [{n}]; put it there, or delete the images beside it to have torchvision fetch "
-              "both")
+    wanted = (f"expected uint8 [{n}] of 0 to 9; put it there, or delete the images beside it to have "
+              "torchvision fetch both")
     try:
         labels = np.load(path)
     except (OSError, ValueError, EOFError) as error:
         sys.exit(f"{path}: cannot be read ({first_line(error)}); {wanted}")
     if labels.dtype != np.uint8 or labels.shape != (n,):
         sys.exit(f"{path}: found {labels.dtype} {list(labels.shape)}, {wanted}")
+    if labels.max(initial=0) > 9:
+        sys.exit(f"{path}: found a {labels.max()}, {wanted}")
     return torch.from_numpy(labels).long()
 
 
@@ -2223,7 +2226,8 @@ def load_lenet(folder, device, epochs, batch, rate):
     """
     path = f"{folder}/features-lenet.pth"
     if not os.path.exists(path):
-        images, test = (load_images("mnist", split, folder).to(device) for split in ("train", "test"))
+        images, test = (load_images("mnist", split, folder, least).to(device)
+                        for split, least in (("train", batch), ("test", 1)))
         labels, wanted = (load_labels("mnist", split, folder, n).to(device)
                           for split, n in (("train", len(images)), ("test", len(test))))
         make_folder(folder)         # before the training, if it cannot be written
@@ -2569,10 +2573,10 @@ class Scorer:
 class AdaptiveRate:
     """Learning rates that fall when a model gets no nearer to the data (Binkowski et al. 2018, section 4.1).
 
-    x: features [m, D] of training images; key: which network's, a checkpoint of another is refused. step(y),
-    with those of as many samples, is one evaluation: it puts y to the test against the model of `window`
-    evaluations before and returns the p-value, None without such a model. p > level is a failure; `patience`
-    of them in a row multiply all rates of the optimizers by decay, but not below floor. As in
+    x: features [m, D] of training images; key: which network's, the state of another raises ValueError.
+    step(y), with those of as many samples, is one evaluation: it puts y to the test against the model of
+    `window` evaluations before and returns the p-value, None without such a model. p > level is a failure;
+    `patience` of them in a row multiply all rates of the optimizers by decay, but not below floor. As in
     mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on by one evaluation, a failure leaves
     the old model where it is, and a cut keeps the last `patience` models, the present one among them, so that
     the next test comes when the window is full again. Samples of different models must be independent. Of
@@ -2590,8 +2594,8 @@ class AdaptiveRate:
 
     def load_state_dict(self, kept):
         if kept["key"] != self.key:
-            sys.exit(f"found a checkpoint whose rates adapt to the features of network {kept['key']}, "
-                     f"expected {self.key}; name that one with --features, or start anew without --resume")
+            raise ValueError(f"found rates that adapt to the features of network {kept['key']}, expected "
+                             f"{self.key}; go on with that network, or name another folder with --out")
         self.models = [tuple(part.to(self.x.device) for part in model) for model in kept["models"]]
         self.failures = kept["failures"]
 
@@ -2751,6 +2755,18 @@ def interleave(runs):
                 raise KeyboardInterrupt
             stop = told.is_set() or None        # a generator is begun with None
     return results
+
+
+def encode(ascend, steps, folder):
+    """Train a run's autoencoder by so many calls of ascend, before its generator's updates.
+
+    A generator that yields every hundred, so that runs side by side go on; a checkpoint of it there is none.
+    """
+    print(f"{folder}: its autoencoder takes {steps:,} steps first", flush=True)
+    for n in range(steps):
+        ascend()
+        if n % 100 == 0:
+            yield
 
 
 @contextmanager
@@ -3094,6 +3110,8 @@ def parse(parser, argv, figures, tables):
         parser.add_argument("--table", choices=list(tables), metavar="NAME", help=(
             f"train and score the methods of a paper's table: {', '.join(tables)}; likewise"))
     args = parser.parse_args(argv)
+    if args.table and args.figure:
+        parser.error(f"found --table {args.table} and --figure {args.figure}, expected one of the two")
     if args.table:
         samples, methods, *steps = tables[args.table]
         parser.set_defaults(samples=samples, method=methods.split(), steps=steps[0] if steps else args.steps)
@@ -3430,7 +3448,8 @@ def score_table(runs, results, methods):
         done = [result for result in own if isinstance(result, dict)]
         failed = [f"seed {seed} {end}" for seed, end in enumerate(own) if isinstance(end, FloatingPointError)]
         finished = "; ".join([f"{len(done)} of {len(own)}", *failed])
-        cells = [method, f"{done[0]['updates']:,}" if done else "-", finished]
+        updates = sorted({end(result["updates"] for result in done) for end in (min, max)} if done else ())
+        cells = [method, " to ".join(f"{n:,}" for n in updates) or "-", finished]
         for key, scale, digits in (("isc", 1, 2), ("fd", 1, 1), ("kid", 1_000, 1), ("fd_bootstrap", 1, 1)):
             cells.append(mean_std([scale * result[key] for result in done if key in result], digits))
         alone = [[result[key] for result in done if result.get(key)] for key in ("milliseconds", "MiB")]

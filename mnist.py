@@ -3,13 +3,15 @@
     python mnist.py                                     GRAM, Figure 8: 16 minutes on a CPU core
     python mnist.py --table demystifying                Table 3 of Demystifying MMD GANs: 8 minutes, H200
     python mnist.py --figure gcmmd                      Figure 6 of Scaled MMD: its exact distance, and SMMD's
-    python mnist.py --method gmmn gmmn-ae gamn wgan-gp  what GAMN's Figure 2 shows, side by side
+    python mnist.py --method gmmn-ae gamn wgan wgan-gp  what GAMN's Figure 2 shows, side by side
 
 Expect digits from gram by update 3,000. Scores are those of a LeNet that is trained once, 80 s on a CPU core,
 and kept in data/; they are no FID. A run goes to runs/mnist-METHOD-sSEED/: samples-UPDATE.png (data above
 samples), figure8.png, samples.npy, log.csv, checkpoint.pt, result.json; the curves of all runs of a command
 are runs/mnist-curves.png.
 """
+import os
+
 import torch
 from matplotlib import image
 from matplotlib.figure import Figure
@@ -94,7 +96,7 @@ METHODS = {
 }
 METHODS |= common.released(METHODS, {"dcgan16": "columns"})
 # Ours: footnote 19's activation penalty with the others of these kernels as with rq*, and like weights
-METHODS |= {f"{name}-activation": dict(METHODS[name], **ONE, activation=1.0) for name in (
+METHODS |= {f"{name}-activation": dict(METHODS[name], **ONE, activation=1.0, paper="-") for name in (
     "mmd-rbf-16", "mmd-dot-16", "mmd-dist-16")}
 METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 
@@ -166,11 +168,6 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
             means = game.loss if f else None, loss_g, None, None
         log.add(*means, h_x.var(0).sum() / h_y.var(0).sum() if f else None)
 
-    def critic_steps(step):
-        if "encode" in row:
-            return ENCODE if step == 0 else 0
-        return row["steps"]
-
     def cycle(n):
         for _ in range(n):
             ascend()
@@ -199,8 +196,10 @@ def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES
         speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
     yield                               # when all runs are ready, the clock starts
     log.start(step)
+    if "encode" in row and step == 0:
+        yield from common.encode(ascend, ENCODE, folder)
     while step < steps:
-        cycle(critic_steps(step))
+        cycle(row["steps"])
         step += 1
         shown = step % LOG_EVERY == 0 or step == steps
         if shown or row["distance"] == "gram" and (step <= 100 or step % TRACE_EVERY == 0):
@@ -219,9 +218,10 @@ def figure_8(folder, result):
     """Figure 8 of GRAM: data above samples during training, and the traces of eq. 10 and eq. 7."""
     figure = Figure(figsize=(8, 11), layout="constrained")
     grid = figure.add_gridspec(4, 6)
-    for place, step in enumerate(step for step in PANELS if step <= result["updates"]):
+    pictures = {step: f"{folder}/samples-{step}.png" for step in PANELS if step <= result["updates"]}
+    for place, step in enumerate(step for step, path in pictures.items() if os.path.exists(path)):
         axes = figure.add_subplot(grid[place // 3, place % 3 * 2:place % 3 * 2 + 2])
-        axes.imshow(image.imread(f"{folder}/samples-{step}.png"))
+        axes.imshow(image.imread(pictures[step]))
         axes.set_title(f"update {step:,}", fontsize=9)
         axes.axis("off")
     trace, left = common.read_log(folder), figure.add_subplot(grid[3, :3])
@@ -254,7 +254,8 @@ def main(argv=None):
             common.save_figure(f"{folder}/figure8.png", figure_8(folder, result))
     if args.table:
         own = judge.score(images[:samples])     # the paper has the test images' own: 9.78, 4.305, .003
-        found = (f"{key} {own[key]:.4g}" for key in ("isc", "fd", "kid", "kid_std") if key in own)
+        names = dict(isc=("score of its logits", 1), fd=("Fréchet distance", 1), kid=("KID×1,000", 1_000))
+        found = (f"{name} {scale * own[key]:.3g}" for key, (name, scale) in names.items() if key in own)
         print("the training images, scored likewise:", ", ".join(found))
 
 

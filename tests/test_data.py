@@ -141,7 +141,7 @@ def test_arrays_are_built_from_torchvision(tmp_path, monkeypatch, capsys):
 
 def test_download_that_fails(tmp_path, monkeypatch):
     def offline(root, train, download):
-        os.makedirs(root)
+        os.makedirs(f"{root}/MNIST/raw")        # as torchvision does
         raise OSError("no route to host")
     monkeypatch.setattr(common, "SETS", {"cifar10": (offline, (3, 32, 32))})
     with says("cifar10-train.npy", "no route to host", "--data"):

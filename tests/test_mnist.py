@@ -99,7 +99,8 @@ def test_the_table_and_the_figure(capsys, monkeypatch):
     monkeypatch.setattr(common, "curves_figure", lambda *args: drawn.append(args) or real(*args))
     run("--table", "demystifying")
     printed, rows = capsys.readouterr().out, SMALL["TABLES"]["demystifying"][1].split()
-    assert "the training images, scored likewise: isc " in printed and "30 samples against" in printed
+    assert "the training images, scored likewise: score of its logits " in printed and "KID×1,000 " in printed
+    assert "30 samples against" in printed
     results = [json.load(open(f"runs/mnist-{name}-s0/result.json")) for name in rows]
     assert len(rows) == 6 and all((r["samples"], r["updates"]) == (30, 2) for r in results)
     assert all("fd_bootstrap" in result for result in results)
@@ -124,6 +125,28 @@ def test_rates_adapt_by_the_lenet():
         log = common.read_log(f"runs/mnist-{method}-s0")
         assert np.isfinite(log["p"]).tolist() == [False, False, True] and FULL[method]["decay"] == decay
         assert log["lr_g"].tolist() == [1e-4] * 3
+
+
+def test_rates_of_another_lenet():
+    run("--method", "mmd-rqdot-16", "--steps", 2)
+    other = torch.load("data/features-lenet.pth", weights_only=True)
+    next(iter(other["weights"].values())).mul_(2)
+    torch.save(other, "data/features-lenet.pth")
+    with says("runs/mnist-mmd-rqdot-16-s0/checkpoint.pt: found rates", "go on with that network", "--out"):
+        run("--method", "mmd-rqdot-16", "--steps", 4, "--resume")
+
+
+def test_updates_of_seeds_that_differ(capsys):
+    run("--method", "gmmn", "--steps", 4)
+    run("--method", "gmmn", "--steps", 2, "--seeds", 2, "--resume")
+    assert "| gmmn   | 2 to 4  | 2 of 2 " in capsys.readouterr().out
+
+
+def test_other_runs_go_on_while_an_autoencoder_is_trained(capsys):
+    steps = []
+    run = common.encode(lambda: steps.append(1), 250, "runs/x")
+    taken = [len(steps) for _ in run]
+    assert taken == [1, 101, 201] and len(steps) == 250 and "runs/x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["gram", "gmmn-ae", "mmd-dist-16", "sn-gcmmd"])
@@ -182,6 +205,10 @@ def test_panels_and_traces_of_figure_8(monkeypatch):
     run("--steps", 125)
     folder = "runs/mnist-gram-s0"
     assert shown == [f"{folder}/samples-{step}.png" for step in (2, 101, 120)]
+    os.rename(shown[1], "put-aside.png")
+    mnist.figure_8(folder, dict(updates=125, method="gram"))
+    assert shown[3:] == [shown[0], shown[2]]            # a picture that is not there any more has no panel
+    curves[2:] = []
     log = common.read_log(folder)
     assert log["step"].tolist() == [*range(1, 101), 110, 120, 125]
     (early, first), (late, second) = curves
@@ -405,12 +432,20 @@ def test_bad_input(monkeypatch):
     np.save("data/mnist-train-labels.npy", np.zeros((60, 1), np.uint8))
     with says("data/mnist-train-labels.npy", "found uint8 [60, 1]", "expected uint8 [60]"):
         run("--steps", 2)
+    np.save("data/mnist-train-labels.npy", np.full(60, 10, np.uint8))
+    with says("data/mnist-train-labels.npy", "found a 10", "of 0 to 9"):
+        run("--steps", 2)
     np.save("data/mnist-train-labels.npy", np.zeros(59, np.uint8))
     with says("found uint8 [59]", "expected uint8 [60]"):
         run("--steps", 2)
     os.remove("data/mnist-train-labels.npy")
     with says("data/mnist-train-labels.npy", "cannot be read", "torchvision"):
         run("--steps", 2)
+    monkeypatch.setattr(mnist, "LENET_BATCH", 61)
+    with says("found 60 images, expected 61"):
+        run("--method", "gmmn")
+    with pytest.raises(SystemExit, match="2"):
+        run("--table", "demystifying", "--figure", "gcmmd")
     monkeypatch.setattr(mnist, "CODES", 61)
     with says("found 60 images, expected 61"):
         run("--method", "mmd-dot-16")
