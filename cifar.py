@@ -126,9 +126,7 @@ METHODS |= {f"{name}-16": dict(METHODS[name], nets="dcgan16", paper=paper) for n
 METHODS |= {f"{name}-300": dict(METHODS[name], batch=300, paper=paper) for name, paper in {
     "mmdgan": "5.43", "mmdgan-noae": "5.15", "mmdgan-nofsr": "3.68", "mmdgan-plain": "3.87"}.items()}
 METHODS |= common.released(METHODS, {"dcgan": "columns", "dcgan16": "columns", "sngan": "pixels"})
-# Ours: footnote 19's activation penalty with the others of these kernels as with rq*, and like weights
-METHODS |= {f"{name}-activation": dict(METHODS[name], **ONE, activation=1.0, paper="-") for name in (
-    "mmd-rbf-16", "mmd-dot-16", "mmd-dist-16")}
+METHODS |= common.activated(METHODS, "mmd-rbf-16", "mmd-dot-16", "mmd-dist-16")
 
 # GRAM, Figure 5: {axis: {row: its place there}}; the paper's values of a and b are not in its text
 SWEEPS = {

@@ -1629,8 +1629,8 @@ def load_images(name, split, folder, least=1):
             data = source(f"{folder}/torchvision", train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             with suppress(OSError):                     # what is empty goes
-                for path_made, *_ in os.walk(f"{folder}/torchvision", topdown=False):
-                    os.rmdir(path_made)
+                for below, *_ in os.walk(f"{folder}/torchvision", topdown=False):
+                    os.rmdir(below)
             wanted = f"uint8 array [N, {', '.join(map(str, shape))}]"
             sys.exit(f"{path}: not there, and torchvision cannot download {name} ({first_line(error)})\n"
                      f"go online, put a {wanted} there, or name its folder with --data")
@@ -3363,6 +3363,15 @@ def released(methods, axes):
             if row.get("penalty", [None])[0] == "gradient" and (axis := axes.get(row["nets"]))}
 
 
+def activated(methods, *names):
+    """Rows once more, as NAME-activation, with rq*'s penalties (Demystifying MMD GANs, footnote 19).
+
+    methods: {name: row}. Ours: the paper has them with rq* alone; of other kernels they hold the critic, too.
+    """
+    return {f"{name}-activation": dict(methods[name], penalty=("gradient", 1.0), activation=1.0, paper="-")
+            for name in names}
+
+
 def swept(row, axis, value):
     """A row of METHODS at a value of an axis: "learning rate", of its optimizers, "batch size" or "K"."""
     rates = {key: value if key == "rmsprop" else (value, *row[key][1:])
@@ -3437,12 +3446,21 @@ def singular_figure(finished):
     return figure
 
 
+def shown_scores(features):
+    """{key of Judge.score: (its name, scale, digits)} where it is shown, by a feature network's name."""
+    fid = features == FID_NAME
+    return dict(isc=("Inception score" if fid else "score of its logits", 1, 2),
+                fd=("FID" if fid else "Fréchet distance", 1, 1),
+                kid=("KID×1,000", 1_000, 1), fd_bootstrap=("bootstrap, biased upward", 1, 1))
+
+
 def score_table(runs, results, methods):
     """The scores of runs as text, mean ± std over seeds, beside the paper's in their rows of methods.
 
     runs: of open_runs; results: of train_all, with the keys of Judge.score.
     """
-    rows = []
+    scored = next((result for result in results if isinstance(result, dict) and "features" in result), None)
+    shown, rows = shown_scores(scored and scored["features"]), []
     for method in dict.fromkeys(method for method, *_ in runs):
         own = [result for (name, *_), result in zip(runs, results) if name == method]
         done = [result for result in own if isinstance(result, dict)]
@@ -3450,15 +3468,12 @@ def score_table(runs, results, methods):
         finished = "; ".join([f"{len(done)} of {len(own)}", *failed])
         updates = sorted({end(result["updates"] for result in done) for end in (min, max)} if done else ())
         cells = [method, " to ".join(f"{n:,}" for n in updates) or "-", finished]
-        for key, scale, digits in (("isc", 1, 2), ("fd", 1, 1), ("kid", 1_000, 1), ("fd_bootstrap", 1, 1)):
+        for key, (_, scale, digits) in shown.items():
             cells.append(mean_std([scale * result[key] for result in done if key in result], digits))
         alone = [[result[key] for result in done if result.get(key)] for key in ("milliseconds", "MiB")]
         cells += [f"{np.mean(own):.{digits}f}" if own else "-" for own, digits in zip(alone, (2, 0))]
         rows.append([*cells, methods[method].get("paper", "-")])
-    scored = next((result for result in results if isinstance(result, dict) and "features" in result), None)
-    fid = scored and scored["features"] == FID_NAME
-    head = ["method", "updates", "seeds finished", "Inception score" if fid else "score of its logits",
-            "FID" if fid else "Fréchet distance", "KID×1,000", "bootstrap, biased upward",
+    head = ["method", "updates", "seeds finished", *(name for name, *_ in shown.values()),
             "ms an update alone", "MiB", "the paper: Inception score, FID, KID"]
     what = "not scored"
     if scored:

@@ -95,9 +95,7 @@ METHODS = {
     "sn-gcmmd":     dict(SCALED, distance="gcmmd", lam=1.0, spectral="learned"),
 }
 METHODS |= common.released(METHODS, {"dcgan16": "columns"})
-# Ours: footnote 19's activation penalty with the others of these kernels as with rq*, and like weights
-METHODS |= {f"{name}-activation": dict(METHODS[name], **ONE, activation=1.0, paper="-") for name in (
-    "mmd-rbf-16", "mmd-dot-16", "mmd-dist-16")}
+METHODS |= common.activated(METHODS, "mmd-rbf-16", "mmd-dot-16", "mmd-dist-16")
 METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 
 # The rows of a paper's table, its number of samples, updates: the paper's are 50,000
@@ -254,8 +252,8 @@ def main(argv=None):
             common.save_figure(f"{folder}/figure8.png", figure_8(folder, result))
     if args.table:
         own = judge.score(images[:samples])     # the paper has the test images' own: 9.78, 4.305, .003
-        names = dict(isc=("score of its logits", 1), fd=("Fréchet distance", 1), kid=("KID×1,000", 1_000))
-        found = (f"{name} {scale * own[key]:.3g}" for key, (name, scale) in names.items() if key in own)
+        shown = common.shown_scores(own["features"])
+        found = (f"{name} {scale * own[key]:.3g}" for key, (name, scale, _) in shown.items() if key in own)
         print("the training images, scored likewise:", ", ".join(found))
 
 

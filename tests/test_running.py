@@ -15,6 +15,7 @@ from conftest import says
 
 ROOT = os.path.dirname(os.path.abspath(common.__file__))
 
+
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
