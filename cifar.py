@@ -101,7 +101,7 @@ METHODS = {
     "gamn-classical-l2": dict(GAMN, penalty=("l2-all", 1e-3), paper="6.01"),            # footnote 3
     "gamn-wgan-gp": dict(GAMN, **TEN, nets="wgan-gp", distance="wasserstein", critic=1, paper="6.16"),
     "gmmn":         dict(GMMN, paper="2.45"),
-    "gmmn-ae":      dict(GMMN, nets="gmmn-ae", kernel="unit", encode=True, paper="2.78"),
+    "gmmn-ae":      dict(GMMN, nets="gmmn-ae", kernel="unit", encode=(0.2, 0.5), paper="2.78"),
     "wgan":         dict(nets="wgan", distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, clip=0.01,
                          paper="5.61"),
     "smmd":         dict(SCALED, **OFTEN, distance="smmd", paper="7.48, 25.1, .015"),

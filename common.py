@@ -30,6 +30,7 @@ Adversarial Mapping Networks, 2017; "Scaled MMD": On gradient regularizers for M
     witness          the MMD's best critic                       Gretton et al. 2012, section 2.3
     wasserstein, clip_weights                                    Arjovsky et al. 2017, eq. 2, Algorithm 1
     feasible_set, reconstruction                                 Li et al. 2017, section 3
+    with_dropout     of GMMN+AE's encoder                        Li et al. 2015, section 4
     cramer, cramer_witness                                       Demystifying MMD GANs, eq. 10, 9
     gradient_penalty                                             Gulrajani et al. 2017, eq. 3; GAMN, eq. 7
     activation_penalty   of all the critic's layers              Demystifying MMD GANs, footnote 19
@@ -400,6 +401,21 @@ def reconstruction(x, x_hat):
     return (x - x_hat).square().mean((-2, -1))
 
 
+def with_dropout(network, x, shares, rng):
+    """network(x), a Sequential, with dropout of these shares of its linear layers' inputs, one a layer.
+
+    As nn.Dropout, which takes no rng, a torch.Generator (Li et al. 2015, section 4; yujiali/gmmn, train.py:
+    0.2 of the pixels, 0.5 of the hidden layer).
+    """
+    shares = iter(shares)
+    for layer in network:
+        if isinstance(layer, nn.Linear):
+            share = next(shares)
+            x = x * (torch.rand(x.shape, generator=rng, device=x.device) >= share) / (1 - share)
+        x = layer(x)
+    return x
+
+
 @torch.no_grad()
 def clip_weights(network, bound):
     """Clip all weights of a network to [-bound, bound], in place (Arjovsky et al. 2017, Algorithm 1)."""
@@ -664,11 +680,12 @@ class Game(nn.Module):
     feasible          weight of feasible_set, which the generator's loss has too
     scale, lam, rho   coefficient of smmd and swgan; of gcmmd, whose mu are the data; of sobolev
     data_mmd          the generator's loss has the mmd of the points themselves
-    encode            samples are codes, f and decoder an autoencoder of the data, whose reconstruction alone
-                      is the critic's loss (GMMN+AE)
+    encode            samples are codes, f and decoder an autoencoder of the data, whose cross-entropy alone,
+                      with_dropout of these shares in f, is the critic's loss (GMMN+AE)
 
     f, decoder: networks or None; without f the points are the features. kernel: as in gram, or None. rng: for
-    the points of the gradient penalty. Buffers: multiplier, sobolev's; loss, where a script keeps the last.
+    the points of the gradient penalty and for dropout. Buffers: multiplier, sobolev's; loss, where a script
+    keeps the last.
     """
 
     def __init__(self, row, f, decoder, kernel, rng):
@@ -723,9 +740,9 @@ class Game(nn.Module):
     def critic(self, x, y):
         """The critic's loss at data x and samples y, both [..., N, *shape]: [...]."""
         row, outputs = self.row, []
-        h_x, h_y, J = self.features(x, y, outputs if "activation" in row else None, (*SLOPED, "sobolev"))
         if "encode" in row:
-            return reconstruction(self.points(x), self.points(self.decoder(h_x)))
+            return F.binary_cross_entropy(self.decoder(with_dropout(self.f, x, row["encode"], self.rng)), x)
+        h_x, h_y, J = self.features(x, y, outputs if "activation" in row else None, (*SLOPED, "sobolev"))
         if self.kind == "gan":
             loss = gan_critic(h_x, h_y)
         elif self.kind == "cramer":
@@ -1301,7 +1318,7 @@ def image_networks(nets, row, channels, size):
         if "encode" not in row:
             g = nn.Sequential(mlp(z, *nets["mlp"]), *to_image)
             return g, pooled_critic(channels, nets["pooled"], out, size) if out else None, None
-        f = nn.Sequential(nn.Flatten(), mlp(*nets["encoder"]), nn.Sigmoid())
+        f = nn.Sequential(nn.Flatten(), *mlp(*nets["encoder"]), nn.Sigmoid())
         decoder = nn.Sequential(mlp(*reversed(nets["encoder"])), *to_image)
         return nn.Sequential(mlp(z, *nets["mlp"]), nn.Sigmoid()), f, decoder
     if "width" in nets:

@@ -82,7 +82,7 @@ METHODS = {
     "cramer-16":    dict(FAR, distance="cramer", paper="9.25, 3.385, .006"),
     "wgan-gp-16":   dict(MMD, **TEN, critic=1, distance="wasserstein", paper="9.12, 6.915, .009"),
     "gmmn":         dict(GMMN),
-    "gmmn-ae":      dict(GMMN, nets="gmmn-ae", kernel="unit", encode=True),
+    "gmmn-ae":      dict(GMMN, nets="gmmn-ae", kernel="unit", encode=(0.2, 0.5)),      # dropout of its code
     "gamn":         dict(GULRAJANI, **TEN, nets="gamn", distance="mmd", kernel="gmmn", critic=10),  # eq. 7
     "wgan":         dict(nets="wgan", distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, clip=0.01,
                          batch=50),

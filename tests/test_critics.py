@@ -132,6 +132,22 @@ def test_wasserstein_and_reconstruction_by_hand():
     assert common.reconstruction(torch.zeros(2, 3, 4), 2 * torch.ones(2, 3, 4)).tolist() == [4, 4]
 
 
+def test_dropout_in_front_of_the_linear_layers():
+    """Of the input a fifth, of the hidden layer a half is zeroed, the rest scaled; by the generator alone."""
+    rng, x = torch.Generator().manual_seed(3), torch.ones(200, 100)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(100, 100), torch.nn.ReLU(),
+                                  torch.nn.Linear(100, 100))
+    for layer in network[1::2]:
+        torch.nn.init.eye_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    h = common.with_dropout(network, x, (0.2, 0.5), rng)
+    assert sorted(set(h.flatten().tolist())) == [0, 2.5]
+    assert float((h > 0).float().mean()) == pytest.approx(0.8 * 0.5, abs=0.02)
+    first = common.with_dropout(network, x, (0.2, 0.0), rng)
+    assert float((first > 0).float().mean()) == pytest.approx(0.8, abs=0.02)
+    assert torch.equal(common.with_dropout(network, x, (0.0, 0.0), rng), network(x))
+    assert torch.equal(common.with_dropout(network, x, (0.2, 0.5), torch.Generator().manual_seed(3)), h)
+
+
 def test_clipping_clips():
     torch.manual_seed(0)
     network = common.mlp(3, 50, 50, 2)

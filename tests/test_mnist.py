@@ -258,6 +258,27 @@ def test_losses_of_every_row(method):
         assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-9)
 
 
+def test_gmmn_ae_s_losses():
+    """The autoencoder's is the cross-entropy, its dropout that of the row; codes of the data have none."""
+    torch.manual_seed(0)
+    row, (g, f, decoder) = METHODS["gmmn-ae"], mnist.networks(METHODS["gmmn-ae"])
+    x = torch.rand(9, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    kernel = common.kernels(mnist.SIGMA, mnist.RBF, mnist.ALPHA)["unit"]
+    game = common.Game(row, f, decoder, kernel, torch.Generator().manual_seed(2))
+    rng = torch.Generator().manual_seed(2)
+    kept = [(torch.rand(9, n, generator=rng) >= p).float() / (1 - p) for n, p in ((784, 0.2), (12, 0.5))]
+    hidden = (f[1].weight @ (x.flatten(1) * kept[0]).T).T + f[1].bias
+    code = ((hidden.clamp(min=0) * kept[1]) @ f[3].weight.T + f[3].bias).sigmoid()
+    x_hat = decoder(code)
+    entropy = -(x * x_hat.log() + (1 - x) * (1 - x_hat).log()).mean()
+    y = g(torch.rand(9, 8) * 2 - 1)
+    assert row["encode"] == (0.2, 0.5) and float(game.critic(x, y)) == pytest.approx(float(entropy), rel=1e-5)
+    found, h_x, h_y = game.generator(x, y)
+    assert torch.equal(h_x, f(x)) and torch.equal(h_y, y)
+    (-found).backward()
+    assert all(p.grad is None for p in f.parameters()) and all(p.grad is not None for p in g.parameters())
+
+
 def test_gmmn_has_variances():
     """Its loss of images is the root of the biased squared MMD, exp(-d^2 / 2 s) with s of 2 to 80."""
     x, y = torch.rand(2, 7, 1, 28, 28, generator=torch.Generator().manual_seed(1)).double()
