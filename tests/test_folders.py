@@ -322,14 +322,16 @@ def test_kill_9_while_the_array_is_built(celeba):
 
 
 def test_two_commands_build_one_array(celeba):
-    """The second waits for the first."""
+    """They wait for a third, then one for the other."""
     for i in range(8, 26):
         jpeg(celeba / f"{i:06d}.jpg", i)
-    typed = [sys.executable, "-c", BUILD.format(root=ROOT)]
-    scripts = [subprocess.Popen(typed, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    typed, waits = [sys.executable, "-c", BUILD.format(root=ROOT)], "data: waiting for another command, which"
+    with common.alone_in("data"):
+        scripts = [subprocess.Popen(typed, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        assert all(script.stdout.readline() == f"{waits} builds an array there\n" for script in scripts)
     printed = sorted((script.communicate()[0] for script in scripts), key=len)
     assert [script.returncode for script in scripts] == [0, 0]
-    assert printed[0].splitlines()[:-1] == ["data: waiting for another command, which builds an array there"]
+    assert len(printed[0].splitlines()) == 1
     assert sum(line.endswith(".jpg") for line in printed[1].splitlines()) == 25
     for found, number in zip(np.load("data/celeba178-train.npy"), range(1, 26), strict=True):
         assert np.array_equal(found, common.central_square(celeba / f"{number:06d}.jpg", 178))
