@@ -234,28 +234,27 @@ def mmd(K_xx, K_xy, K_yy):
 def density_ratio(K_qq, K_qp, ridge):
     """Density ratio r = p / q at the points of q by kernel mean matching, mean over bandwidths (GRAM, eq. 8).
 
-    K_qq [..., S, M, M], K_qp [..., S, M, N]; returns r [..., M], the solution of (K_qq + ridge I) r =
-    (M / N) K_qp 1: weights on the points of q that give it the kernel mean of p. The paper prints no M / N
-    (it has M = N) and no ridge, but without one r is noise in float32: JuliaGRAM adds 1e-3 (src/kmm.jl),
+    K_qq [..., S, M, M], K_qp [..., S, M, N]; returns r [..., M], which solves (K_qq + ridge I) r =
+    (M / N) K_qp 1. The paper prints no M / N (it has M = N) and no ridge: JuliaGRAM adds 1e-3 (src/kmm.jl),
     GRAMFlow nothing. With one, r are the values at y of the function w in the kernel's space that minimises
-    mean(w(y)^2) / 2 - mean(w(x)) + ridge / (2 M) |w|^2 (KuLSIF; Kanamori et al. 2012). r may be negative, and
-    vanishes at bandwidths far below distances; it is NaN where rounding leaves K_qq + ridge I not positive
-    definite. Whatever p and q are, mean(r^2) can reach M / (4 ridge), and no more: (M / N) K_qp 1 are values
-    of M times a function of norm 1, and k / (k + ridge)^2 <= 1 / (4 ridge) for each eigenvalue k of K_qq.
+    mean(w(y)^2) / 2 - mean(w(x)) + ridge / (2 M) |w|^2 (KuLSIF; Kanamori et al. 2012). r may be negative; it
+    is NaN where K_qq + ridge I is not positive definite. Whatever p and q are, mean(r^2) is at most
+    M / (4 ridge) if k(x, x) = 1: (M / N) K_qp 1 are values of M times a function of norm 1 or less, and
+    k / (k + ridge)^2 <= 1 / (4 ridge) for each eigenvalue k of K_qq.
 
-    The factors take no part in the gradient: P = A^-1 and r_0 = P b are constants, and a step of refinement,
-    r = r_0 + P (b - A r_0), has the solution's value and its derivative dr = A^-1 (db - dA r_0).
+    Solved in float64, since the condition number reaches M / ridge. P = A^-1 and r_0 = P b are constants, and
+    r = r_0 + P (b - A r_0) has the first derivative of the solution, dr = P (db - dA r).
     """
     M, N = K_qp.shape[-2:]
-    eye = torch.eye(M, dtype=K_qq.dtype, device=K_qq.device)
-    A = K_qq + ridge * eye
-    b = K_qp.sum(-1, keepdim=True) * (M / N)                            # [..., S, M, 1]
+    eye = torch.eye(M, dtype=torch.float64, device=K_qq.device)
+    A = K_qq.double() + ridge * eye
+    b = K_qp.double().sum(-1, keepdim=True) * (M / N)                   # [..., S, M, 1]
     with torch.no_grad():
         L, info = torch.linalg.cholesky_ex(A)       # solve_ex of many matrices fails in a CUDA graph
         L_inverse = torch.linalg.solve_triangular(L, eye.expand_as(L), upper=False)
         P = (L_inverse.mT @ L_inverse).where(info[..., None, None] == 0, torch.nan)
         r_0 = P @ b
-    return (r_0 + P @ (b - A @ r_0)).squeeze(-1).mean(-2)
+    return (r_0 + P @ (b - A @ r_0)).squeeze(-1).mean(-2).to(K_qq.dtype)
 
 
 def condition(K, ridge):
@@ -267,8 +266,10 @@ def condition(K, ridge):
 def pearson(r):
     """Estimate mean((r - 1)^2) of the Pearson divergence from r = p / q at samples of q (GRAM, eq. 7).
 
-    Where r was fitted to the same points this is no lower bound: the estimator's variance raises it too. From
-    r = q / p at data it estimates the divergence with p and q exchanged. r [..., N], returns [...].
+    r [..., N], returns [...]. Fitted to the same points it is no lower bound: it has the error of the fit,
+    which a critic raises by spreading its features over many bandwidths. On the ring it climbs to 14, and to
+    10 between two batches of data (results/ring2d-pearson.md). From r = q / p at data it estimates the
+    divergence with p and q exchanged.
     """
     return (r - 1).square().mean(-1)
 

@@ -8,6 +8,7 @@
     python tests/bench.py metrics                         FID, KID, Inception score of 50,000 images, and
                                                           torch-fidelity's beside them if it is installed
     python tests/bench.py tf32 --features FILE            what TF32 does to scores of CIFAR-10's images
+    python tests/bench.py ratio                           GRAM's density ratio and its gradient
     python tests/bench.py gcmmd                           the gradient-constrained MMD on MNIST, exact and by
                                                           the paper's incomplete Cholesky
     python tests/bench.py critic                          why critics of MMDs come apart: six of mnist.py
@@ -27,10 +28,12 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import celeba
@@ -170,6 +173,26 @@ def tf32(device, path, data):
     print(common.table(["disturbance", "fd", "in TF32", "KID×1,000", "in TF32"], [
         [name, *(f"{scale * row[key]:.7g}" for key, scale in (("fd", 1), ("kid", 1e3)) for row in (a, b))]
         for name, a, b in zip(sets, *found)]))
+
+
+def ratio(device):
+    """Milliseconds of density_ratio and its gradient in both Gram matrices, on a GPU as one CUDA graph."""
+    rng, rows = torch.Generator(device).manual_seed(0), []
+    for what, number, n, K in (("36 rings, Figure 2", 36, 200, 10), ("one ring", 1, 200, 2),
+                               ("cifar.py, 5 bandwidths", 5, 64, 128)):
+        points = torch.randn(number, 2 * n, K, generator=rng, device=device)
+        pooled = common.gaussian(points, points, torch.full((1,), K ** 0.5, device=device))
+        A, B = (part.clone().requires_grad_() for part in pooled[..., :n, :].split(n, -1))
+
+        def update():
+            r = common.density_ratio(A, B, 1e-3)
+            return torch.autograd.grad(common.pearson(r).sum(), (A, B))
+
+        with torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext():
+            timer = Timer("update()", globals=dict(update=common.capture(update, dict(rng=rng))))
+            rows.append([what, f"{number} of {n}x{n}", f"{1e3 * timer.timeit(200).mean:.3f}"])
+    print(", ".join(common.machine(device).values()))
+    print(common.table(["Gram matrices of", "number and size", "ms"], rows))
 
 
 def incomplete_cholesky(h_x, h_y, J, lam, eta=1e-3):
@@ -336,7 +359,7 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("what", nargs="?", default="methods", help="(methods)",
-                        choices=["methods", "metrics", "tf32", "gcmmd", "critic", "input", "build"])
+                        choices=["methods", "metrics", "tf32", "ratio", "gcmmd", "critic", "input", "build"])
     parser.add_argument("--images", type=int, default=50_000, metavar="N", help="of metrics, input (50,000)")
     parser.add_argument("--features", metavar="FILE", help="of tf32: a feature network, .pt2 or .pth")
     parser.add_argument("--data", default="data", metavar="DIR", help="of all but methods, metrics (data)")
@@ -355,6 +378,8 @@ def main():
         return metrics(device, args.images)
     if args.what == "tf32":
         return tf32(device, args.features, args.data)
+    if args.what == "ratio":
+        return ratio(device)
     if args.what == "gcmmd":
         return gcmmd(args.data)
     if args.what == "critic":

@@ -132,6 +132,12 @@ def test_ratio_is_kulsif():
     assert torch.allclose((K[7:] @ a).squeeze(1), r, rtol=1e-6)
 
 
+def test_ratio_is_nan_where_its_matrix_is_not_positive():
+    K_qq = torch.stack([torch.eye(3), -torch.eye(3)])[:, None]
+    r = common.density_ratio(K_qq, torch.ones(2, 1, 3, 3), 1e-3)
+    assert r.isnan().tolist() == [[False] * 3, [True] * 3]
+
+
 def test_squared_ratio_has_its_bound():
     """mean(r^2) <= M / (4 ridge), and one point whose kernel is the ridge reaches it."""
     ridge = 1e-3
@@ -194,6 +200,29 @@ def test_gradients_of_objectives(form):
     x, y = (s.requires_grad_() for s in sets(6, 6, 2, shift=2.0))
     assert form != "clip" or 0 < int((objective("sum", x, y)[1] < 0).sum()) < 6
     assert torch.autograd.gradcheck(lambda x, y: objective(form, x, y)[0], (x, y))
+
+
+@pytest.mark.parametrize("form", ["sum", "mean", "clip", "swap", "flow"])
+@pytest.mark.parametrize("K", [1, 2, 10])
+def test_objectives_in_float32(form, K):
+    """Value, ratio and gradient against a solve in float64: of near points A has the condition 1e5."""
+    for std in (0.3, 1, 3):
+        rng = torch.Generator().manual_seed(0)
+        x, y = (std * torch.randn(200, K, generator=rng) for _ in range(2))
+        low, high = ([t.to(d).requires_grad_() for t in (x, y)] for d in (torch.float32, torch.float64))
+        value, r = common.gram_objective(*blocks(*low, SIGMA[1:2].float()), form, 1e-3, 0.7)
+        assert r.dtype == torch.float32
+        p, q = high[::-1] if form in ("swap", "flow") else high
+        A, B = ((-(q[:, None] - t).square().sum(-1) / 2).exp() for t in (q, p))
+        ratio = torch.linalg.solve(A + 1e-3 * torch.eye(200), B.sum(1))
+        square = (ratio - 1).square().mean()
+        expected = {"sum": square + 0.7 * ratio.sum(), "mean": square + 0.7 * ratio.mean(),
+                    "clip": (ratio.clamp(min=0) - 1).square().mean(), "flow": ratio.mean(),
+                    "swap": square + 0.7 * ratio.sum()}[form]
+        wanted = [expected, ratio.clamp(min=0) if form == "clip" else ratio,
+                  *torch.autograd.grad(expected, high, retain_graph=True)]
+        for found, exact in zip([value, r, *torch.autograd.grad(value, low)], wanted):
+            assert float(((found - exact).norm() / exact.norm()).detach()) < 2e-3, std
 
 
 def test_clipping_has_a_dead_end():

@@ -493,6 +493,31 @@ def test_players_of_a_ring_take_their_steps(script, run, monkeypatch):
         assert method != "mmdgan" or largest[decoder] > 0.11    # the decoder's weights are free
 
 
+def gaussians(a, b, sigmas=(1.0,)):
+    return torch.stack([(-(a[:, None] - b).square().sum(-1) / (2 * s * s)).exp() for s in sigmas])
+
+
+def squared_mmd(a, b, sigmas=(1.0,)):
+    K_aa, K_ab, K_bb = (gaussians(*pair, sigmas) for pair in ((a, a), (a, b), (b, b)))
+    return (K_aa.mean((1, 2)) + K_bb.mean((1, 2)) - 2 * K_ab.mean((1, 2))).sum()
+
+
+def feasible(f_x, f_y):         # the mean over outputs of -relu(-(E f(x) - E f(y)))
+    return -torch.relu(f_y.mean(0) - f_x.mean(0)).mean()
+
+
+def check_moved(tensors, path, network, rate):
+    """That a checkpoint has the weights of a network that has just made a step; path of a weight's name."""
+    largest = max(float(p.grad.abs().max()) for p in network.parameters())
+    for name, value in network.named_parameters():
+        if float(value.grad.abs().max()) < 1e-5 * max(1, largest):
+            continue        # shifts all outputs, or precedes a batch norm: the gradient is rounding
+        found = tensors[path(name)].view_as(value)
+        firm = value.grad.abs() > 0.01 * value.grad.abs().max()      # the rest's sign may be rounding too
+        wrong = ((found - value).abs() > 0.2 * rate)[firm]
+        assert wrong.float().mean() < 0.1, (name, float(wrong.float().mean()))
+
+
 @pytest.mark.parametrize("method", ring2d.METHODS)
 def test_first_update_of_a_ring_is_the_papers(method):
     """One update written out anew: signs, weights and order of losses; critic steps, clipping, penalties."""
@@ -514,16 +539,9 @@ def test_first_update_of_a_ring_is_the_papers(method):
         x = centres[mode] + 0.2 * torch.randn(n, 2, generator=rng)
         return x, g(torch.randn(n, 20, generator=rng))
 
-    def K(a, b):
-        return torch.stack([(-(a[:, None] - b).square().sum(-1) / (2 * s * s)).exp() for s in sigmas])
-
     def mmd(a, b):
-        squared = sum(k_aa.mean() + k_bb.mean() - 2 * k_ab.mean()
-                      for k_aa, k_bb, k_ab in zip(K(a, a), K(b, b), K(a, b)))
+        squared = squared_mmd(a, b, sigmas)
         return squared if method.startswith("gram") else (squared + 1e-6).sqrt()
-
-    def feasible(x, y):         # the mean over outputs of -relu(-(E f(x) - E f(y)))
-        return -torch.relu(f(y).mean(0) - f(x).mean(0)).mean()
 
     opt_g, opt_f = optimizer(g), optimizer(f, decoder) if f else None
     loss_f = None
@@ -538,7 +556,7 @@ def test_first_update_of_a_ring_is_the_papers(method):
             loss_f = -mmd(f(x), f(y))
         if method == "mmdgan":
             codes = torch.cat([x, y])
-            loss_f = loss_f - 16 * feasible(x, y) + 8 * 2 * (decoder(f(codes)) - codes).square().mean()
+            loss_f = loss_f - 16 * feasible(f(x), f(y)) + 8 * 2 * (decoder(f(codes)) - codes).square().mean()
         kind, weight = row.get("penalty", (None, 0))
         norms = [p for layer in f[1::3] for p in layer.parameters()] if "norm" in row else []
         if kind == "gradient":
@@ -559,7 +577,7 @@ def test_first_update_of_a_ring_is_the_papers(method):
     x, y = draw()
     if method.startswith("gram"):
         a, b = (f(x), f(y)) if row["form"] in ("flow", "swap") else (f(y), f(x))
-        r = torch.linalg.solve(K(a, a) + 1e-3 * torch.eye(n), K(a, b).sum(2)).mean(0)
+        r = torch.linalg.solve(gaussians(a, a) + 1e-3 * torch.eye(n), gaussians(a, b).sum(2)).mean(0)
         eq_9 = (r - 1).square().mean() + r.sum()
         loss_f = -{"sum": eq_9, "swap": eq_9, "mean": (r - 1).square().mean() + r.mean(),
                    "clip": (r.clamp(min=0) - 1).square().mean(), "flow": r.mean()}[row["form"]]
@@ -571,7 +589,7 @@ def test_first_update_of_a_ring_is_the_papers(method):
     else:
         loss_g = mmd(f(x), f(y)) if f else mmd(x, y)
     if method == "mmdgan":
-        loss_g = loss_g + 16 * feasible(x, y)
+        loss_g = loss_g + 16 * feasible(f(x), f(y))
     if method == "gamn-mmd":
         loss_g = loss_g + mmd(x, y)
     opt_g.zero_grad()
@@ -584,14 +602,9 @@ def test_first_update_of_a_ring_is_the_papers(method):
     assert log["loss_g"] == [pytest.approx(float(loss_g.detach()), rel=1e-3, abs=1e-5)]
     assert loss_f is None or log["loss_f"] == [pytest.approx(float(loss_f.detach()), rel=1e-3, abs=1e-5)]
     rate = row["rmsprop"] if "rmsprop" in row else row["adam"][0]
-    for name, network in (("g", g), ("game", f)):
-        for weight, value in network.named_parameters() if network else ():
-            if float(value.grad.abs().max()) < 1e-5:
-                continue        # shifts all outputs, or precedes a batch norm: the gradient is rounding
-            found = tensors[(name, f"network.{weight}") if name == "g" else (name, f"f.network.{weight}")][0]
-            firm = value.grad.abs() > 0.01 * value.grad.abs().max()      # the rest's sign may be rounding too
-            wrong = ((found - value).abs() > 0.2 * rate)[firm]
-            assert wrong.float().mean() < 0.1, (name, weight, float(wrong.float().mean()))
+    check_moved(tensors, lambda name: ("g", f"network.{name}"), g, rate)
+    if f:
+        check_moved(tensors, lambda name: ("game", f"f.network.{name}"), f, rate)
 
 
 def test_every_row_of_ring3d(capsys):
@@ -607,14 +620,89 @@ def test_every_row_of_ring3d(capsys):
         assert len(common.read_log(folder)["step"]) == 3
 
 
-def test_the_feasible_set_term_of_ring3d(monkeypatch):
-    """Without the MMD, the generator's loss is 16 times what is never positive, here a constant -1."""
-    monkeypatch.setattr(common, "mmd", lambda *K_all: 0 * K_all[1].mean())
-    monkeypatch.setattr(common, "feasible_set", lambda h_x, h_y: 0 * h_y.mean() - 1)
-    monkeypatch.setattr(common, "reconstruction", lambda x, x_hat: 0 * x_hat.mean())
-    run_ring3d("--method", "mmdgan", "--steps", 2)
-    log = common.read_log("runs/ring3d-mmdgan-s0")
-    assert log["loss_g"].tolist() == [-16] and log["loss_f"].tolist() == [16]
+@pytest.mark.parametrize("method", ring3d.METHODS)
+def test_first_update_of_ring3d_is_the_papers(method):
+    """One update of each method written out anew, on the same draws: signs, weights, order of the steps."""
+    run_ring3d("--method", method, "--steps", 1, "--seeds", 2)
+    _, tensors, log = kept(f"runs/ring3d-{method}-s1")          # whose feasible set terms are not 0
+    torch.manual_seed(1)
+    g, f, decoder = ring3d.networks(method)
+    rng, n, centres = torch.Generator().manual_seed(1), 16, common.ring_centres(8, 2.0)
+    rate, betas = {"gram": (1e-3, (0.5, 0.999)), "gan": (1e-4, (0.5, 0.999)),
+                   "mmdgan": (5e-5, (0.5, 0.999)), "mmdnet": (1e-3, None)}[method]
+
+    def optimizer(*networks):
+        weights = [p for network in networks if network for p in network.parameters()]
+        return torch.optim.Adam(weights, rate, betas) if betas else torch.optim.RMSprop(weights, rate)
+
+    def step(optimizer, loss):
+        weights = optimizer.param_groups[0]["params"]
+        for p, gradient in zip(weights, torch.autograd.grad(loss, weights, retain_graph=True)):
+            p.grad = gradient
+        optimizer.step()
+
+    def noise():
+        return torch.randn(n, 20, generator=rng)
+
+    def draw():
+        plane = centres[torch.randint(8, (n,), generator=rng)] + 0.2 * torch.randn(n, 2, generator=rng)
+        x = ring3d.tilt(torch.cat([plane, 0.1 * torch.randn(n, 1, generator=rng)], 1))
+        return x, g(noise())
+
+    opt_g, opt_f, loss_f = optimizer(g), optimizer(f, decoder) if f else None, None
+    x, y = draw()
+    if method == "gram":
+        h_x, h_y = f(x).double(), f(y).double()
+        A = gaussians(h_y, h_y)[0] + 1e-3 * torch.eye(n)
+        r = torch.linalg.solve(A, gaussians(h_y, h_x)[0].sum(1))
+        loss_f, loss_g = -((r - 1).square().mean() + r.sum()), squared_mmd(h_x, h_y)     # eq. 9 and 10
+        step(opt_g, loss_g)
+        step(opt_f, loss_f)         # of the same y: both gradients are those before any step
+    if method == "gan":
+        loss_f = -torch.sigmoid(f(x)).log().mean() - (1 - torch.sigmoid(f(y))).log().mean()
+        step(opt_f, loss_f)
+        loss_g = -torch.sigmoid(f(g(noise()))).log().mean()
+        step(opt_g, loss_g)
+    if method == "mmdnet":
+        loss_g = (squared_mmd(x, y) + 1e-6).sqrt()
+        step(opt_g, loss_g)
+    if method == "mmdgan":
+        for _ in range(5):
+            points = a, b = draw()
+            loss_f = (-(squared_mmd(f(a), f(b)) + 1e-6).sqrt() - 16 * feasible(f(a), f(b))
+                      + 8 * sum((decoder(f(t)) - t).square().mean() for t in points))
+            step(opt_f, loss_f)
+            for p in f.parameters():
+                p.data.clamp_(-0.1, 0.1)
+        assert feasible(f(a), f(b)) and feasible(f(x), f(y))
+        loss_g = (squared_mmd(f(x), f(y)) + 1e-6).sqrt() + 16 * feasible(f(x), f(y))
+        step(opt_g, loss_g)
+    assert log["loss_g"] == [pytest.approx(float(loss_g.detach()), rel=1e-3, abs=2e-5)]
+    assert loss_f is None or log["loss_f"] == [pytest.approx(float(loss_f.detach()), rel=2e-5)]
+    if method == "gram":
+        assert log["pearson"] == [pytest.approx(float((r - 1).square().mean().detach()), rel=1e-3)]
+        assert log["mean_r"] == [pytest.approx(float(r.mean().detach()), rel=1e-4)]
+    check_moved(tensors, lambda name: ("g", name), g, rate)
+    for i, network in enumerate([f, decoder]):
+        if network:
+            check_moved(tensors, lambda name: ("critic", f"{i}.{name}"), network, rate)
+
+
+@pytest.mark.parametrize("off, share", [(0.3, 1), (0.9, 0)])
+def test_what_ring3d_counts(off, share, monkeypatch):
+    """All samples of a generator that ignores its noise lie so far from one mode; 0.6 is near it."""
+    whole = ring3d.networks
+
+    def networks(method):
+        g, f, decoder = whole(method)
+        g[-1].weight.data.zero_()
+        g[-1].bias.data = ring3d.tilt(torch.tensor([[2.0, 0.0, off]]))[0]
+        return g, f, decoder
+
+    monkeypatch.setattr(ring3d, "networks", networks)
+    run_ring3d("--method", "mmdnet", "--steps", 1)
+    result = json.load(open("runs/ring3d-mmdnet-s0/result.json"))
+    assert result["share"] == share and result["modes"] == share and result["samples"] == 500
 
 
 def test_the_ring_of_ring3d_is_tilted():
@@ -628,6 +716,25 @@ def test_the_ring_of_ring3d_is_tilted():
     back = x @ wanted.T                                     # upright again
     assert float(back[:, 2].std()) == pytest.approx(0.1, rel=0.1)
     assert float(back[:, :2].norm(dim=1).mean()) == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["gram", "gram-swap", "gan"])
+def test_figure_1_has_the_estimate_between_equals(method, monkeypatch):
+    """Crosses at the panels' updates: eq. 7 between different batches of the data, by numpy."""
+    pictures = []
+    monkeypatch.setattr(common, "save_figure", lambda path, picture: pictures.append(picture))
+    run_ring("--method", method, "--steps", 6)
+    crosses = [line for axes in pictures[0].axes for line in axes.lines if line.get_marker() == "x"]
+    assert len(crosses) == (method != "gan")
+    for line in crosses:
+        assert list(line.get_xdata()) == [2, 6]
+        for step, found in zip((2, 6), line.get_ydata()):
+            f_x = np.load(f"runs/ring2d-{method}-s0/points-{step}.npz")["f_x"][0, :80].astype(np.float64)
+            K = np.exp(-((f_x[:, None] - f_x) ** 2).sum(2) / 2)
+            batches = [slice(i, i + 16) for i in range(0, 80, 16)]
+            ratios = [np.linalg.solve(K[q, q] + 1e-3 * np.eye(16), K[q, p].sum(1))
+                      for p in batches for q in batches if p != q]
+            assert found == pytest.approx(np.mean([((r - 1) ** 2).mean() for r in ratios]), rel=1e-3)
 
 
 def test_figure_2(capsys):
@@ -747,6 +854,18 @@ def test_resumed_equals_uninterrupted(run, name, capsys):
     run("--steps", 8, "--out", "parts", "--resume")
     assert same(f"whole/{name}-gram-s0", f"parts/{name}-gram-s0")
     assert f"parts/{name}-gram-s0: goes on at update 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script, what", [(ring2d, ring2d.cells("1", [0])), (ring3d, 0)])
+@pytest.mark.parametrize("every, stopped", [(2, False), (100, True)])
+def test_a_ring_saves_while_it_trains_and_when_it_is_stopped(script, what, every, stopped, monkeypatch):
+    monkeypatch.setattr(script, "SAVE_EVERY", every)
+    run = script.train("gram", what, ".", {}, 8, torch.device("cpu"))
+    for _ in range(3):
+        next(run)               # ready, and two updates
+    assert not os.path.exists("checkpoint.pt")
+    run.send(stopped)
+    assert kept(".")[0] == 2
 
 
 @pytest.mark.parametrize("method", ["gmmn-ae", "mmdgan", "sobolev"])
