@@ -1,6 +1,6 @@
 """The plane in three papers: rings of Gaussians, grids, a Swiss roll, and what stable means, counted.
 
-    python ring2d.py                       Figure 1 of GRAM: 70 seconds on a CPU core
+    python ring2d.py                       Figure 1 of GRAM: 1 to 4 minutes on a CPU core
     python ring2d.py --method mmdgan       Figure 9a of GRAM: 5 minutes; gan, mmdnet likewise
     python ring2d.py --figure 2            Figures 2 and 7 of GRAM: 144 runs, 8 minutes on an H200
     python ring2d.py --figure gamn         Figure 1 and Table 1 of GAMN: 45 runs, 4 minutes on an H200
