@@ -1,6 +1,6 @@
 """Figures 6 and 9b of Generative Ratio Matching Networks (ICLR 2020): a tilted ring, seen in 2 dimensions.
 
-    python ring3d.py                    all four methods: 6 minutes on a CPU core
+    python ring3d.py                    all four methods: 6 to 16 minutes on a CPU core
     python ring3d.py --method gram      Figure 6 alone
 
 Expect over three seeds 8 of 8 modes from gram, with 0.68 to 0.83 of the samples within 0.6 of a mode, and
