@@ -1,282 +1,448 @@
-"""CelebA: Scaled MMD and Demystifying MMD GANs at 160x160, GRAM's table at 64x64, LSUN bedrooms at 64x64.
+"""CelebA at 160x160 and 64x64, bedrooms of LSUN at 64x64: large images of four papers, one row a method.
 
-    python celeba.py --method sn-smmd           the FID of 12.2 of Scaled MMD, Table 1a: 150,000 updates
-    python celeba.py --table scaled             its other rows, of 50,000 samples; demystifying, gram, lsun
-    python celeba.py --set celeba64 --method gram gan       at 64x64; --set lsun: bedrooms
-    python celeba.py --figure singular          Scaled MMD, Figure 2b; scores: Figure 2a
-    torchrun --nproc-per-node=2 celeba.py ...   on several GPUs, 64 images of either kind on each
+    python celeba.py --method sn-smmd                   4 hours on an H200, 3 with sn-smmd+precision=bf16
+    python celeba.py --set celeba64 --method gram gan   at 64x64, side by side; --set lsun: bedrooms
+    python celeba.py --table scaled                     the methods of a paper's table beside its numbers
+    python celeba.py --figure singular                  Scaled MMD, Figure 2b; scores: Figure 2a
+    torchrun --nproc-per-node=2 celeba.py --set lsun    on two GPUs, a batch of 64 on each
 
-Images are those of data/celeba/img_align_celeba and data/lsun, from which arrays are built once (17.4 GB for
-160x160). 150,000 updates of sn-smmd take about 4 hours on one H200; its scores are not measured yet. A run
-goes to runs/celeba-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json; the
-curves of all runs of a command are runs/celeba-curves.png.
+Images are those of data/celeba/img_align_celeba and data/lsun, of which arrays are built once (17.4 GB for
+160x160). The paper has an FID of 12.2 for sn-smmd; no row has been trained to its end here yet.
+A run goes to runs/celeba-SET-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt,
+result.json; the curves of all runs of a command are runs/celeba-curves.png.
 """
-import sys
-from contextlib import closing
+import os
+from functools import partial
 
+import numpy as np
 import torch
+import torchvision
+from torch import nn
 from torch.nn.utils import parametrize
 
 import common
 
 STEPS = 150_000             # Demystifying MMD GANs, Scaled MMD; GRAM and GAMN do not say
-BATCH = 64                  # of data and of samples, in all papers, on each GPU
 SIGMA = (1, 2, 4, 8, 16)    # bandwidths of Li et al. 2017, GRAM, section 4; for GRAMFlow they are variances
-RBF = (2, 5, 10, 20, 40, 80)            # as variances GMMN's, and so GAMN's, "gmmn"
+RBF = (2, 5, 10, 20, 40, 80)            # variances of GMMN's kernels, "gmmn"
 ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its code has 0.1, 1, 10
 LAMBDA = 1.0                # GRAM, eq. 9
-BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # MMD-GAN's critic steps: at updates 1 to 25, every 500th
-AVERAGE = 3                 # samples come from averaged weights of the generator, those of update t count as
-                            # t^3; the average, mirrored data at 64, contrast are ours: see cifar.py
-ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt by so many samples: Demystifying MMD GANs,
-ADAPT = (10, 3, 0.1, 1e-6)              # section 5; window, patience, level and floor: its code's scorer.py
+CLIP = 0.01                 # OctoberChang/MMD-GAN, as the next: critic steps at updates 1 to 25, every 500th
+BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500
+ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt, and samples for it; window, patience, level,
+ADAPT = (10, 3, 0.1, 1e-6)              # floor: Demystifying MMD GANs, section 5, and its code's scorer.py
 SAMPLES = 10_000            # to score during training
-FINAL = 25_000              # to score at the end, Demystifying MMD GANs; Scaled MMD has 50,000
-KEEP = 1_000                # of them in samples.npy
+FINAL = 25_000              # to score at the end, except with --table; Demystifying MMD GANs
+KEEP = 1_000                # in samples.npy
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
-GRID_EVERY = 10_000         # and, with a feature network, scores
+SCORE_EVERY = 10_000        # and a grid of samples
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
+COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
+READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")       # condition: of the matrix the ratio inverts
 
-# The array of a set, the size of its crops that are trained on, the row that is trained if none is named.
-# CelebA's faces are cropped at random from 178x178 (mbinkowski/MMD-GAN, as "resized and cropped to 160x160");
-# GRAM does not state its resolution, 64 is that of Li et al. 2017, whose settings it has.
+# Of a set: the array, the side of its squares, the size that is trained on, the folder of its images, the row
+# that is trained if none is named. Faces are cropped at random from 178x178 to 160x160 (mbinkowski/MMD-GAN).
+# GRAM does not state its resolution; 64 is that of Li et al. 2017, whose settings it has.
+FACES = "celeba/img_align_celeba"
 SETS = {
-    "celeba160": dict(array="celeba178", size=160, method="sn-smmd"),
-    "celeba64":  dict(array="celeba64", size=64, method="gram"),
-    "lsun":      dict(array="lsun64", size=64, method="mmd-rqdot"),
+    "celeba160": dict(array="celeba178", side=178, size=160, folder=FACES, method="sn-smmd"),
+    "celeba64":  dict(array="celeba64", side=64, size=64, folder=FACES, method="gram"),
+    "lsun":      dict(array="lsun64", side=64, size=64, folder="lsun", method="mmd-rqdot"),
 }
+CELEBA = dict(train=(1, 162_770), val=(162_771, 182_637), test=(182_638, 202_599))  # list_eval_partition.txt
+HELD_OUT = 25_000           # images of LSUN to score against: Demystifying MMD GANs, section 5
 
 # Widths of generator and critic, size of their filters, norms behind the critic's first convolution and the
-# others, noise; unit: pixels are in [0, 1] instead of [-1, 1]; start: see common.residual_generator, which
-# names the sources, as common.dcgan_critic does. GRAM's Tables 5 and 6 are of 32x32: one more layer is ours.
-USUAL = dict(z=128, noise="uniform", kernel=5, norms=("none",))         # where a row does not say otherwise
-TEN_LAYERS = dict(g=(1024, 512, 256, 128, 64), f=(64, 128, 256, 512, 1024), start=5, unit=True)
-DCGAN = dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512))
+# others, noise; unit: pixels are in [0, 1] instead of [-1, 1]; start: size of residual_generator's first
+# layer. common.dcgan_critic names the sources. GRAM's Tables 5 and 6 are of 32x32: one more layer is ours.
+NORMAL, UNIFORM, BATCH = common.normal_noise, common.uniform_noise, common.batch_norm
+DEEP = dict(g=(1024, 512, 256, 128, 64), start=5, f=(64, 128, 256, 512, 1024), kernel=5, norms=(None,))
+DCGAN = dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512), kernel=5, norms=(None,), z=128, noise=UNIFORM)
 NETS = {
-    "scaled":  dict(TEN_LAYERS),
-    "bf16":    dict(TEN_LAYERS, bfloat16=True),
-    "resnet":  dict(TEN_LAYERS, z=100),
-    "gram":    dict(g=(256, 128, 64, 32), f=(32, 64, 128, 256), kernel=4, norms=("batch",)),
-    "li":      dict(DCGAN, z=64, kernel=4, norms=("none", "batch"), noise="normal"),
+    "scaled":  dict(DEEP, z=128, noise=UNIFORM, unit=True),
+    "resnet":  dict(DEEP, z=100, noise=UNIFORM, unit=True),
+    "gram":    dict(DCGAN, g=(256, 128, 64, 32), f=(32, 64, 128, 256), kernel=4, norms=(BATCH,)),
+    "li":      dict(DCGAN, kernel=4, norms=(None, BATCH), z=64, noise=NORMAL),
     "dcgan":   dict(DCGAN, z=100, unit=True),
     "dcgan16": dict(DCGAN, f=(16, 32, 64, 128), z=100, unit=True),
-    "gamn":    dict(DCGAN, norms=("none", "layer"), noise="normal"),        # igul222, gan_64x64.py
-    "wgan":    dict(DCGAN, norms=("none", "batch"), noise="normal"),
-    "wgan-gp": dict(DCGAN, noise="normal"),
+    "gamn":    dict(DCGAN, norms=(None, common.layer_norm), noise=NORMAL),      # igul222, gan_64x64.py
+    "wgan":    dict(DCGAN, norms=(None, BATCH), noise=NORMAL),
+    "wgan-gp": dict(DCGAN, noise=NORMAL),
 }
 
-# distance and the weights of its terms: common.Game says, but for gram. critic: its outputs. steps: of the
-# critic to one of the generator; gram moves both at once. adam: rate, betas; adam_g: those of the generator,
-# if others; rmsprop: rate. clip: bound of the critic's weights. spectral: its gains. decay: of rates that
-# adapt to KID. paper: Inception score, FID, KID of its table. What is ours, of GRAM, MMD-GAN and GAMN, is
-# ours in cifar.py too.
-AT_160 = dict(set="celeba160", steps=5, adam=(1e-4, 0.5, 0.9))
-MMD = dict(AT_160, nets="resnet", distance="mmd2", critic=16, decay=0.5)
-ONE, TEN = dict(penalty=("gradient", 1.0)), dict(penalty=("gradient", 10.0))
-FAR = dict(MMD, **TEN, kernel="distance", critic=256)
-SCALED = dict(AT_160, nets="scaled", kernel="unit", critic=1, decay=0.8, scale=10.0)
-SN, LEARNED = dict(SCALED, spectral="fixed"), dict(SCALED, spectral="learned")
+DEFAULTS = dict(            # 0, False and "": without
+    nets="gram",            # of NETS
+    loss="mmd",             # critic_loss() and generator_loss() say what each is; gram: Algorithm 1 of GRAM
+    form="",                # of gram: common.gram_objective
+    ridge=1.0,              # of gram's density ratio
+    kernel="li",            # of kernels()
+    critic=0,               # outputs of the critic
+    critic_steps=0,         # to one of the generator
+    burst=False,            # BURST of them now and then
+    opt="adam",             # or rmsprop
+    lr=1e-4,                # learning rate
+    lr_g=0.0,               # the generator's, if another
+    beta=(0.5, 0.999),      # of Adam
+    clip=False,             # critic's weights to CLIP
+    penalty=0.0,            # weight of the gradient penalty
+    slope="image",          # whose norm the gradient penalty holds: see common.AXES
+    activation=0.0,         # weight of the penalty on the activations of all layers
+    autoencoder=0.0,        # weight of the decoder's mean squared error
+    feasible=0.0,           # weight of the feasible set reduction
+    spectral="",            # fixed or learned gains of spectrally normalised weights
+    scale=10.0,             # of smmd and swgan: Scaled MMD, section 4
+    rho=1e-6,               # of sobolev; ours
+    decay=0.0,              # of rates that adapt to KID
+    batch=64,               # of data and of samples, in all papers, on each GPU
+    precision="tf32",       # or bf16: all layers but the last in bfloat16
+    average=3,              # samples come from averaged weights, those of update t count as t^3; this, the
+    contrast=True,          # data's contrast and, at 64x64,
+    mirror=True,            # mirrored data are ours: see README.md
+)
+NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd swgan sobolev".split(),
+             form=["", *"sum mean clip swap flow".split()], kernel="li gmmn rq rqdot distance unit".split(),
+             opt=["adam", "rmsprop"], slope=list(common.AXES), spectral=["", "fixed", "learned"],
+             precision=["tf32", "bf16"])
+
+# The rates of gram and gan and the ridge are those of cifar.py, as is what is ours of MMD-GAN and GAMN.
+MMD = dict(nets="resnet", loss="mmd2", critic=16, critic_steps=5, beta=(0.5, 0.9), decay=0.5)
+BED = dict(MMD, nets="dcgan")
+SCALED = dict(nets="scaled", kernel="unit", critic=1, critic_steps=5, beta=(0.5, 0.9), decay=0.8)
+CLIPPED = dict(critic_steps=5, opt="rmsprop", lr=5e-5, clip=True)
+LI = dict(CLIPPED, critic=128, burst=True, autoencoder=8.0, feasible=16.0)
+GAMN = dict(nets="gamn", kernel="gmmn", critic=10, critic_steps=5, beta=(0.5, 0.9), penalty=10.0)
 METHODS = {
-    "mmd-rqdot":    dict(MMD, **ONE, kernel="rq*", activation=1.0, paper="2.61, 20.55, .013"),  # footnote 19
-    "cramer":       dict(FAR, distance="cramer", paper="2.86, 31.30, .025"),
-    "wgan-gp":      dict(MMD, **TEN, critic=1, distance="wasserstein", paper="2.72, 29.24, .022"),
-    "smmd":         dict(SCALED, distance="smmd", scale=0.1, paper="2.83, 25.9, .019"),     # "Rank collapse"
-    "sn-smmd":      dict(LEARNED, distance="smmd", paper="2.91, 12.2, .006"),
-    "sn-smmd-bf16": dict(LEARNED, nets="bf16", distance="smmd"),     # all but the last layers in bfloat16
-    "swgan":        dict(SCALED, distance="swgan"),
-    "sn-swgan":     dict(LEARNED, distance="swgan", paper="2.86, 18.6, .011"),
-    "sn-gan":       dict(SN, distance="gan", paper="2.64, 27.7, .018"),
-    "sobolev":      dict(SCALED, distance="sobolev", rho=1e-6, paper="2.84, 20.4, .014"),       # rho is ours
+    "celeba160": {
+        # Demystifying MMD GANs: Table 2; with +slope=columns its code's penalty
+        "mmd-rqdot":    dict(MMD, kernel="rqdot", penalty=1.0, activation=1.0),     # footnote 19
+        "cramer":       dict(MMD, loss="cramer", kernel="distance", critic=256, penalty=10.0),
+        "wgan-gp":      dict(MMD, loss="wasserstein", critic=1, penalty=10.0),
+        # Scaled MMD: Table 1a
+        "smmd":         dict(SCALED, loss="smmd", scale=0.1),                       # "Rank collapse"
+        "sn-smmd":      dict(SCALED, loss="smmd", spectral="learned"),
+        "swgan":        dict(SCALED, loss="swgan"),
+        "sn-swgan":     dict(SCALED, loss="swgan", spectral="learned"),
+        "sn-gan":       dict(SCALED, loss="gan", spectral="fixed"),
+        "sobolev":      dict(SCALED, loss="sobolev"),
+    },
+    "celeba64": {
+        # GRAM: Tables 1 and 2
+        "gram":         dict(loss="gram", form="swap", critic=128, lr=4e-4),        # eq. 9, p and q exchanged
+        "gan":          dict(loss="gan", critic=1, critic_steps=1, lr=2e-4, lr_g=4e-4),
+        "mmdgan":       dict(LI),
+        "mmdgan-conv":  dict(LI, nets="li", critic=64),
+    },
+    "lsun": {
+        # Demystifying MMD GANs: Table 1; with +nets=dcgan16 its small critic
+        "mmd-rqdot":    dict(BED, kernel="rqdot", penalty=1.0, activation=1.0),
+        "mmd-dist":     dict(BED, kernel="distance", critic=256, penalty=10.0, activation=1e-4),
+        "cramer":       dict(BED, loss="cramer", kernel="distance", critic=256, penalty=10.0),
+        "wgan-gp":      dict(BED, loss="wasserstein", critic=1, penalty=10.0),
+        # GAMN: Figure 4
+        "gamn":         dict(GAMN),
+        "gamn-wgan-gp": dict(GAMN, nets="wgan-gp", loss="wasserstein", critic=1),
+        "wgan":         dict(CLIPPED, nets="wgan", loss="wasserstein", critic=1),
+    },
 }
-SMALL = dict(set="celeba64", nets="gram", kernel="li", critic=128)
-LI = dict(SMALL, distance="mmd", steps=5, rmsprop=5e-5, clip=0.01, burst=True, autoencoder=8.0, feasible=16.0)
-METHODS |= {
-    "celeba64-gram": dict(SMALL, distance="gram", steps=0, adam=(4e-4, 0.5, 0.999), form="swap", ridge=1.0,
-                          paper="-, 27.04 ± 4.24"),
-    "celeba64-gan":  dict(SMALL, distance="gan", critic=1, steps=1, adam=(2e-4, 0.5, 0.999),
-                          adam_g=(4e-4, 0.5, 0.999), paper="-, 30.97 ± 5.32"),
-    "celeba64-mmdgan": dict(LI, paper="-, 41.105 ± 1.42"),
-    "celeba64-mmdgan-conv": dict(LI, nets="li", critic=64, paper="-, 40.27 ± 1.32"),        # Table 2
-}
-BED = dict(set="lsun", nets="dcgan")
-METHODS |= {
-    "lsun-mmd-rqdot": dict(METHODS["mmd-rqdot"], **BED, paper="2.80, 31.95, .028"),
-    "lsun-mmd-dist": dict(FAR, **BED, activation=1e-4, paper="2.79, 35.28, .032"),             # footnote 19
-    "lsun-cramer":  dict(METHODS["cramer"], **BED, paper="3.44, 54.18, .050"),
-    "lsun-wgan-gp": dict(METHODS["wgan-gp"], **BED, paper="3.12, 41.39, .039"),
-    "lsun-gamn":    dict(BED | dict(nets="gamn"), **TEN, distance="mmd", kernel="gmmn", critic=10, steps=5,
-                         adam=(1e-4, 0.5, 0.9)),                                            # Figure 4
-    "lsun-gamn-wgan-gp": dict(BED | dict(nets="wgan-gp"), **TEN, distance="wasserstein", critic=1, steps=5,
-                              adam=(1e-4, 0.5, 0.9)),
-    "lsun-wgan":    dict(BED | dict(nets="wgan"), distance="wasserstein", critic=1, steps=5, rmsprop=5e-5,
-                         clip=0.01),
-}
-METHODS |= {f"{name}-16": dict(METHODS[name], nets="dcgan16", paper=paper) for name, paper in {
-    "lsun-mmd-rqdot": "3.13, 86.47, .091", "lsun-mmd-dist": "3.42, 104.85, .109",
-    "lsun-cramer": "3.46, 122.03, .132", "lsun-wgan-gp": "2.40, 292.77, .370"}.items()}
-METHODS |= common.released(METHODS, {"resnet": "columns", "dcgan": "columns", "dcgan16": "columns"})
-METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
 
-# The rows of a paper's table and its number of samples, ours for GRAM
+# A paper's tables: the set, the number of samples, ours for GRAM, and of each row Inception score, FID, KID
 TABLES = {
-    "demystifying": (25_000, "mmd-rqdot cramer wgan-gp"),
-    "scaled": (50_000, "mmd-rqdot wgan-gp sn-gan sobolev smmd sn-smmd sn-swgan"),
-    "gram": (10_000, "celeba64-mmdgan celeba64-gan celeba64-gram celeba64-mmdgan-conv"),
-    "lsun": (25_000, "lsun-mmd-rqdot-16 lsun-mmd-rqdot lsun-mmd-dist-16 lsun-mmd-dist lsun-cramer-16 "
-                     "lsun-cramer lsun-wgan-gp-16 lsun-wgan-gp"),
+    "demystifying": ("celeba160", 25_000, {
+        "mmd-rqdot": "2.61, 20.55, .013", "cramer": "2.86, 31.30, .025", "wgan-gp": "2.72, 29.24, .022"}),
+    "scaled": ("celeba160", 50_000, {
+        "mmd-rqdot": "2.61, 20.55, .013", "wgan-gp": "2.72, 29.24, .022", "sn-gan": "2.64, 27.7, .018",
+        "sobolev": "2.84, 20.4, .014", "smmd": "2.83, 25.9, .019", "sn-smmd": "2.91, 12.2, .006",
+        "sn-swgan": "2.86, 18.6, .011"}),
+    "gram": ("celeba64", 10_000, {
+        "mmdgan": "-, 41.105 ± 1.42", "gan": "-, 30.97 ± 5.32", "gram": "-, 27.04 ± 4.24",
+        "mmdgan-conv": "-, 40.27 ± 1.32"}),
+    "lsun": ("lsun", 25_000, {
+        "mmd-rqdot+nets=dcgan16": "3.13, 86.47, .091", "mmd-rqdot": "2.80, 31.95, .028",
+        "mmd-dist+nets=dcgan16": "3.42, 104.85, .109", "mmd-dist": "2.79, 35.28, .032",
+        "cramer+nets=dcgan16": "3.46, 122.03, .132", "cramer": "3.44, 54.18, .050",
+        "wgan-gp+nets=dcgan16": "2.40, 292.77, .370", "wgan-gp": "3.12, 41.39, .039"}),
 }
-FIGURES = {"scores": dict(method="mmd-rqdot wgan-gp sn-gan sobolev smmd sn-smmd sn-swgan".split()),
-           "singular": dict(method=["smmd", "sn-smmd"])}
-CURVES = {      # over updates, or seconds of a run alone: as Scaled MMD, Figure 2a
-    "all": [(name, "update") for name in ("fd", "kid", "loss_g", "spread")],
-    "scores": [(name, over) for over in ("update", "second") for name in ("fd", "kid", "isc")],
-}
+FIGURES = {"scores": ["mmd-rqdot", "wgan-gp", "sn-gan", "sobolev", "smmd", "sn-smmd", "sn-swgan"],
+           "singular": ["smmd", "sn-smmd"]}             # their rows; Scaled MMD, Figures 2a and 2b
+CURVES = {"all": [(name, "update") for name in ("fd", "kid", "loss_g", "spread")],
+          "scores": [(name, over) for over in ("update", "second") for name in ("fd", "kid", "isc")]}
+CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
 
 
-def networks(row):
-    """Generator, critic and decoder of a row of METHODS, None for what it has not."""
-    return common.image_networks(row["nets"], row, 3, SETS[row["set"]]["size"])
+def celeba_files(files, split):
+    """CelebA's image files of a split, "train", "val" or "test", by the numbers that are their names."""
+    (first, last), (_, end) = CELEBA[split], CELEBA["test"]
+    ids = [int(stem) if (stem := os.path.basename(file).split(".")[0]).isdecimal() else 0 for file in files]
+    odd = [file for file, number in zip(files, ids) if not 1 <= number <= end]
+    if odd and split == "train":        # said once
+        print(f"{len(odd):,} images are left out: their names, as {odd[0]}, are no numbers from 1 to {end:,}")
+    return [file for file, number in zip(files, ids) if first <= number <= last]
 
 
-def train(method, seed, folder, settings, steps, device, images, samples=FINAL, judge=None):
-    """One run: a generator that yields when ready and after each update, and returns its result.
+def lsun_files(files, split):
+    """LSUN's image files of a split: "test" is each tenth, of many each n-th, "train" all others."""
+    each = max(10, len(files) // HELD_OUT)
+    return [file for i, file in enumerate(files) if (i % each == 0) == (split == "test")]
 
-    It is sent whether to save. images: of the GPU, or of a map, see common.on_device; samples: how many
-    to score at the end, by common.Judge, if there is one.
+
+def load_set(name, data):
+    """The images of a set to train on, uint8 [N, 3, side, side], and the path of those to score against."""
+    own, files = SETS[name], lsun_files if name == "lsun" else celeba_files
+    folder, side = f"{data}/{own['folder']}", own["side"]
+    train, test = f"{data}/{own['array']}-train.npy", f"{data}/{own['array']}-test.npy"
+    if name != "lsun" and common.ranks()[0] == 0 and not os.path.exists(train) and not os.path.exists(folder):
+        try:
+            torchvision.datasets.CelebA(data, download=True)
+        except Exception as error:      # whatever its hosts and its unpacking raise
+            raise OSError(f"{folder}: not there, and torchvision cannot download CelebA ({error}); unpack "
+                          "img_align_celeba.zip there, or name another folder with --data") from error
+    images = common.load_folder(train, folder, side, partial(files, split="train"))
+    if os.path.exists(test) or len(files(common.image_files(folder), "test")) > 1:
+        common.load_folder(test, folder, side, partial(files, split="test"))
+        return images, test
+    print(f"{folder} has fewer than two test images: scores are against the training images")
+    return images, train
+
+
+def kernels(device=None, dtype=torch.float32):
+    """The kernels that rows name, functions from [N, D] and [M, D] to [S, N, M]."""
+    sigma, rbf, alpha = (torch.tensor(v, dtype=dtype, device=device) for v in (SIGMA, RBF, ALPHA))
+    rq = partial(common.rational_quadratic, alpha=alpha)
+    return {"li": partial(common.gaussian, sigma=sigma), "gmmn": partial(common.gaussian, sigma=rbf.sqrt()),
+            "rq": rq, "rqdot": lambda x, y: torch.cat([rq(x, y), common.dot(x, y)], -3),  # Demystifying's rq*
+            "distance": common.distance, "unit": common.unit_gaussian}
+
+
+def networks(row, size):
+    """Generator, critic and decoder of a row for images of size x size, None for what it has not."""
+    nets, out, decoder = NETS[row["nets"]], row["critic"], None
+    last = nn.Sigmoid if "unit" in nets else nn.Tanh
+    g = (common.residual_generator(nets["z"], nets["g"], 3, last, size, nets["start"]) if "start" in nets else
+         common.dcgan_generator(nets["z"], nets["g"], 3, nets["kernel"], last, size))
+    f = common.dcgan_critic(3, nets["f"], out, nets["kernel"], nets["norms"], size)
+    if row["autoencoder"]:
+        decoder = common.dcgan_generator(out, nets["g"], 3, nets["kernel"], last, size)
+    if BATCH not in nets["norms"]:
+        f.to(memory_format=torch.channels_last)         # the faster layout, but for the reshaping of Layers
+    g.bfloat16 = f.bfloat16 = row["precision"] == "bf16"
+    return g, common.spectral(f, row["spectral"] == "learned") if row["spectral"] else f, decoder
+
+
+def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
+    """What the critic minimises, but GRAM's, at data x and samples y, both [N, 3, H, W]: a scalar."""
+    outputs = [] if row["activation"] else None
+    if row["loss"] in ("smmd", "swgan", "sobolev"):     # the critic's slope at the data
+        (h_x, J), h_y = common.jacobian(f, x), f(y)
+    else:
+        h_x, h_y = common.both(f, x, y, outputs)
+    match row["loss"]:
+        case "gan": loss = common.gan_critic(h_x, h_y)
+        case "wasserstein": loss = -common.wasserstein(h_x, h_y)
+        case "cramer": loss = -common.cramer(h_x, h_y)
+        case "mmd": loss = -common.mmd(*common.gram(kernel, h_x, h_y))
+        case "mmd2": loss = -common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+        case "smmd":
+            loss = -common.smmd2(common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True), J, row["scale"])
+        case "swgan": loss = -common.swgan(h_x, h_y, J, row["scale"])
+        case "sobolev":
+            objective, omega = common.sobolev(h_x, h_y, J, multiplier.clone(), row["rho"])
+            loss = -objective
+            multiplier.add_(row["rho"] * omega.detach())
+    if row["penalty"]:                                  # on the slope of the best critic in f's space
+        best = {"cramer": lambda h: common.cramer_witness(h, h_y),
+                "mmd2": lambda h: common.witness(kernel, h, h_x, h_y)}.get(row["loss"], lambda h: h.sum(-1))
+        a = torch.rand(len(x), generator=rng, device=x.device)
+        slope = common.gradient_penalty(lambda t: best(f(t)), x, y, a, common.AXES[row["slope"]])
+        loss = loss + row["penalty"] * slope
+    if row["activation"]:
+        loss = loss + row["activation"] * common.activation_penalty(outputs)
+    if row["feasible"]:
+        loss = loss - row["feasible"] * common.feasible_set(h_x, h_y)
+    if row["autoencoder"]:
+        x_hat, y_hat = common.both(decoder, h_x, h_y)
+        loss = loss + row["autoencoder"] * (common.reconstruction(x.flatten(1), x_hat.flatten(1))
+                                            + common.reconstruction(y.flatten(1), y_hat.flatten(1)))
+    return loss
+
+
+def generator_loss(row, f, kernel, x, y):
+    """What the generator minimises, but with GRAM's critic, at data x and samples y: a scalar, f(x), f(y)."""
+    with common.frozen(f):
+        if row["loss"] in ("smmd", "swgan"):
+            (h_x, J), h_y = common.jacobian(f, x), f(y)
+        else:
+            h_x, h_y = common.both(f, x, y)
+    match row["loss"]:
+        case "gan": loss = common.gan_generator(h_y)
+        case "wasserstein" | "sobolev": loss = common.wasserstein(h_x, h_y)
+        case "mmd": loss = common.mmd(*common.gram(kernel, h_x, h_y))
+        case "mmd2" | "cramer": loss = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+        case "smmd":
+            loss = common.smmd2(common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True), J, row["scale"])
+        case "swgan": loss = common.swgan(h_x, h_y, J, row["scale"])
+    if row["feasible"]:
+        loss = loss + row["feasible"] * common.feasible_set(h_x, h_y)
+    return loss, h_x, h_y
+
+
+def train(name, row, seed, folder, steps, device, images, size, network=None, reference=None, samples=FINAL):
+    """One run, a generator: it yields after each update, is sent whether to save, and returns its result.
+
+    images: uint8 [N, 3, H, W], on the device or mapped; size: of their crops to train on; network, reference:
+    of common.scores, or None; samples: how many to score at the end.
     """
-    row = METHODS[method]
-    nets, batch, size = row["nets"], BATCH, SETS[row["set"]]["size"]
-    before = common.gpu_memory(device)
-    torch.manual_seed(seed)
-    g, f, decoder = (network.to(device) if network else None for network in networks(row))
-    some = common.crop_images(common.evenly(images, CODES), size)
-    sampler = common.Sampler(g, nets, AVERAGE, 3).fit(some).to(device)
-    rng = torch.Generator(device).manual_seed(common.own_seed(seed))
-    kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))
-    game = common.Game(row, f, decoder, kernel, rng).to(device)
-    opt_g = common.optimizer(g, row.get("adam_g", row.get("adam")), row.get("rmsprop"))
-    opt_f = common.optimizer(game, row.get("adam"), row.get("rmsprop"))
-    batches = common.Batches(images, batch, seed, device)
-    scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
-    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
-    state = dict(g=g, opt_g=opt_g, game=game, opt_f=opt_f, sampler=sampler, rng=rng, batches=batches, log=log)
-    K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
+    torch.manual_seed(seed)             # the same networks in all processes, but other noise and other data:
+    rank, processes = common.ranks()
+    rng, draws = (torch.Generator(on).manual_seed(seed + 1_000_003 * rank) for on in (device, "cpu"))
+    nets, kernel, crops = NETS[row["nets"]], kernels(device)[row["kernel"]], images.shape[-1] > size
+    g, f, decoder = (part.to(device) if part else None for part in networks(row, size))
+    inputs = torch.zeros(row["batch"], *images.shape[1:], dtype=torch.uint8, device=device)
+    players = nn.ModuleDict({key: part for key, part in dict(f=f, decoder=decoder).items() if part})
+    average = common.Average(g, row["average"]) if row["average"] else g
+    few = common.crop_images(common.take(images, torch.arange(CODES) * len(images) // CODES), size).to(device)
+    contrast = common.Contrast(few) if row["contrast"] else None
+    opt_g = common.optimizer(g, row["opt"], row["lr_g"] or row["lr"], row["beta"])
+    opt_f = common.optimizer(players, row["opt"], row["lr"], row["beta"])
+    log = common.Log(folder, COLUMNS, steps, device, READINGS)
+    K_ratio = kernel(*2 * [torch.zeros(row["batch"], 1, device=device)])     # what the ratio inverts
+    players.register_buffer("multiplier", torch.zeros((), device=device))       # sobolev's
+    state = dict(g=g, opt_g=opt_g, players=players, opt_f=opt_f, average=average, rng=rng, draws=draws,
+                 log=log)
 
     def draw():
-        x = common.crop_images(batches.x, size, rng) / 127.5 - 1
-        x = common.flip_images(x, rng)
-        return (x + 1) / 2 if "unit" in nets else x, g(sampler.noise(batch, rng))
+        x = common.crop_images(inputs, size, rng) if crops else inputs
+        x = common.flip_images(x, rng) if row["mirror"] else x
+        return x / 255 if "unit" in nets else x / 127.5 - 1, g(nets["noise"](row["batch"], nets["z"], rng))
 
-    def ascend():
-        x, y = torch.no_grad()(draw)()
-        with parametrize.cached():      # so that a spectral norm is iterated once
-            loss = game.critic(x, y)
+    def critic_step():
+        with torch.no_grad():
+            x, y = draw()
+        with parametrize.cached():      # a spectral norm is iterated once
+            loss = critic_loss(row, f, decoder, kernel, x, y, rng, players.multiplier)
             common.descend((opt_f, loss))
-        if "clip" in row:
-            common.clip_weights(f, row["clip"])
-        if "rho" in row:                # of several processes the constraint is that of all data
-            game.multiplier.copy_(common.averaged(game.multiplier)[0])
-        game.loss.copy_(loss.detach())
+        if row["clip"]:
+            common.clip_weights(f, CLIP)
+        if row["loss"] == "sobolev":    # of several processes the constraint is that of all data
+            players.multiplier.copy_(common.averaged(players.multiplier)[0])
+        log.add(loss_f=loss)
 
-    def update():
+    def generator_step():
         x, y = draw()
-        if row["distance"] == "gram":   # Algorithm 1, simultaneous: one K, both gradients, both steps
+        if row["loss"] == "gram":       # Algorithm 1: one Gram matrix, both gradients, both steps
             h_x, h_y = common.both(f, x, y)
-            K_all = K_xx, _, K_yy = common.gram(kernel, h_x, h_y)
-            objective, r = common.gram_objective(*K_all, row["form"], row["ridge"], LAMBDA)
-            loss_g = common.mmd2(*K_all)
-            common.descend((opt_f, -objective), (opt_g, loss_g))
-            K_ratio.copy_(K_xx.detach() if row["form"] in common.AT_DATA else K_yy.detach())
-            means = -objective, loss_g, common.pearson(r), r.mean()
+            K_xx, K_xy, K_yy = common.gram(kernel, h_x, h_y)
+            objective, r = common.gram_objective(K_xx, K_xy, K_yy, row["form"], row["ridge"], LAMBDA)
+            loss = common.mmd2(K_xx, K_xy, K_yy)
+            common.descend((opt_f, -objective), (opt_g, loss))
+            K_ratio.copy_((K_xx if row["form"] in common.AT_DATA else K_yy).detach())
+            log.add(loss_f=-objective, pearson=common.pearson(r), mean_r=r.mean())
         else:
             with parametrize.cached():
-                loss_g, h_x, h_y = game.generator(x, y)
-                common.descend((opt_g, loss_g))
-            means = game.loss, loss_g, None, None
-        log.add(*means, h_x.var(0).sum() / h_y.var(0).sum())
-        sampler.follow(g)
+                loss, h_x, h_y = generator_loss(row, f, kernel, x, y)
+                common.descend((opt_g, loss))
+        log.add(loss_g=loss, spread=h_x.var(0).sum() / h_y.var(0).sum())
+        if row["average"]:
+            average.follow(g)
 
-    def critic_steps(step):
-        return BURST if "burst" in row and (step < BURST_UNTIL or step % BURST_EVERY == 0) else row["steps"]
+    def sample(generator, contrast, n, seed=0):         # uint8 [n, 3, size, size] of a seed's noise
+        def image(z):
+            y = generator(z) if "unit" in nets else (generator(z) + 1) / 2
+            return contrast(y) if contrast else y
+        z = nets["noise"](n, nets["z"], torch.Generator().manual_seed(seed))
+        return common.draw_samples(image, z.to(device))
 
-    def cycle(n):
-        for _ in range(n):
-            batches.fill()
-            ascend()
-        batches.fill()
-        update()
+    def score(n):
+        return common.scores(network, sample(average, contrast, n), reference, BOOTSTRAP, RESAMPLINGS)
 
-    def readings(step):
-        found = dict(condition=common.condition(K_ratio, row["ridge"])) if "ridge" in row else {}
-        if step % GRID_EVERY == 0 or step == steps:
-            found |= scorer.score(SAMPLES)
-        if "decay" in row and step % ADAPT_EVERY == 0:
-            if "adaptive" in state:
-                now = common.Sampler(g, nets).draw(CODES, step)
-                found["p"] = state["adaptive"].step(judge.codes(now))
-            common.share_rates(opt_g, opt_f)
-            found["lr_g"] = float(opt_g.param_groups[0]["lr"])
+    def readings():
+        found = dict(condition=common.condition(K_ratio, row["ridge"])) if row["loss"] == "gram" else {}
+        if network and (step % SCORE_EVERY == 0 or step == steps):
+            found |= score(SAMPLES)
+        if row["decay"] and step % ADAPT_EVERY == 0:
+            if network:                 # only rank 0 has one; all processes take its rates
+                found["p"] = state["adaptive"].step(network(sample(g, None, CODES, step))[0])
+            for lr in common.rates(opt_g, opt_f) if processes > 1 else ():
+                torch.distributed.broadcast(lr, 0)
+            found["lr_g"] = round(float(common.rates(opt_g)[0]), 10)
         return found
 
-    if judge and "decay" in row:
-        x, key = judge.codes(some), judge.network.key
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], *ADAPT)
+    if row["decay"] and network:
+        x, _ = network(few)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
+    settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images), size=size,
+                    processes=processes)
     step = common.load(folder, state, settings)
-    speed = common.read_result(folder, "milliseconds", "MiB", "waiting")
-    begun = step, log.seconds
-    if step < steps:
-        update = common.capture(update, state)
-        if row["steps"]:
-            ascend = common.capture(ascend, state)
-        speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
-        batches.waited = 0.0
-    with closing(batches):              # its threads end with the run
-        yield                           # when all runs are ready, the clock starts
-        log.start(step)
-        while step < steps:
-            cycle(critic_steps(step))
-            step += 1
-            if step % LOG_EVERY == 0 or step == steps:
-                log.row(step, lambda: readings(step))
-            if step % GRID_EVERY == 0 or step == steps:
-                common.save_grid(f"{folder}/samples-{step}.png", sampler.draw(64), 8)
-                common.save_singular_values(folder, step, f)
-            if (yield) or step % SAVE_EVERY == 0 or step == steps:
-                common.save(folder, step, state, settings)
+    critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
+    log.start(step)
+    while step < steps:
+        burst = row["burst"] and (step < BURST_UNTIL or step % BURST_EVERY == 0)
+        for _ in range(BURST if burst else row["critic_steps"]):
+            common.copy_batch(images, draws, inputs)
+            critic_step()
+        common.copy_batch(images, draws, inputs)
+        generator_step()
+        step += 1
+        if step % LOG_EVERY == 0 or step == steps:
+            log.row(step, readings)
+        if step % SCORE_EVERY == 0 or step == steps:
+            common.save_grid(f"{folder}/samples-{step}.png", sample(average, contrast, 64), 8)
+            with common.replacing(f"{folder}/singular-{step}.npz") as file:
+                np.savez(file, *common.singular_values(f))
+        stop = yield
+        if stop or step % SAVE_EVERY == 0 or step == steps:
+            common.save(folder, step, state, settings)
 
-    if step > begun[0]:                 # the share of the time in which it waited for images
-        speed["waiting"] = batches.waited / (log.seconds - begun[1])
-    return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,
-                **common.machine(device), **scorer.keep(samples, KEEP))
+    with common.replacing(f"{folder}/samples.npy") as file:
+        np.save(file, sample(average, contrast, KEEP).numpy())
+    found = score(samples) if network else {}
+    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **found,
+                **common.machine(device))
 
 
 def main(argv=None):
-    names = [*METHODS, *(name.removeprefix(f"{part}-") for part in SETS for name in METHODS if part in name)]
-    parser = common.flags(__doc__, dict.fromkeys(names), ["sn-smmd"], STEPS, images=True)
-    parser.add_argument("--set", choices=list(SETS), metavar="NAME",
-                        help=f"{', '.join(SETS)}: whose rows --method names (default celeba160)")
-    parser.set_defaults(method=None)
-    args = common.parse(parser, argv, FIGURES, TABLES)
-    args.method = [full if (full := f"{args.set}-{name}") in METHODS else name
-                   for name in args.method or [SETS[args.set or "celeba160"]["method"]]]
-    sets = {METHODS[name]["set"] if name in METHODS else f"none ({name})" for name in args.method}
-    if len(sets) > 1 or not sets <= {args.set or "celeba160", *(SETS if args.set is None else ())}:
-        sys.exit(f"--method: found rows of {', '.join(sorted(sets))}, expected those of "
-                 f"{args.set or 'one set; --set names it'}")
-    chosen = SETS[sets.pop()]
+    parser = common.flags(__doc__, (), {}, "sn-smmd", STEPS, "those, fetched")
+    parser.epilog += "".join(f"\n--set {name}:\n  {' '.join(rows)}" for name, rows in METHODS.items())
+    parser.add_argument("--set", choices=SETS, default="celeba160", help="default celeba160, or the table's")
+    parser.add_argument("--table", choices=TABLES, help="train, score a paper's rows; finished ones are kept")
+    parser.add_argument("--figure", choices=FIGURES, help="draw a paper's figure; finished runs are kept")
+    args = parser.parse_args(argv)
     common.join(args.device)
-    device, samples = common.setup(args.device), args.samples or FINAL
-    adaptive = next((method for method in args.method if "decay" in METHODS[method]), None)
-    needed = f"--figure {args.figure}" if args.figure == "scores" else adaptive
-    network = common.open_features(args.features, device, needed)
-    images, test = common.load_folders(chosen["array"], ("train", "test"), args.data)
-    images = common.on_device(images, device)
-    reference = f"{args.data}/{chosen['array']}-{'train' if test is None else 'test'}.npy"
-    side = chosen["size"] if images.shape[-1] > chosen["size"] else None
-    judge = network and common.open_judge(network, reference, device, side=side)
-    common.train_runs(__file__, globals(), args, argv, device,
-                      lambda run: train(*run, args.steps, device, images, samples, judge))
+    chosen, samples, table = TABLES.get(args.table, (args.set, FINAL, {}))
+    names = args.method or list(table) or FIGURES.get(args.figure) or [SETS[chosen]["method"]]
+    rows = dict(common.find_row(name, METHODS[chosen], DEFAULTS, NAMES) for name in names)
+    size, steps = SETS[chosen]["size"], args.steps or STEPS
+
+    device = common.setup(args.device)
+    images, path = load_set(chosen, args.data)
+    network = common.load_features(args.features, device)
+    reference = common.load_reference(path, network, size if images.shape[-1] > size else None)
+    images = common.to_device(images, device)
+
+    resume, stem = args.resume or bool(args.table or args.figure), f"{args.out}/celeba-{chosen}"
+    runs = [common.Run(name, row, seed, common.run_folder(f"{stem}-{name}-s{seed}", __file__, resume))
+            for name, row in rows.items() for seed in args.seeds]
+    for name, row in rows.items():
+        common.show(name, row, *networks(row, size))
+        if row["decay"] and network is None:
+            print(f"{name}: without a feature network its learning rates stay as they are")
+    print(f"{steps:,} updates on {common.machine(device)}\n{common.log_head(COLUMNS + READINGS)}")
+    results = common.interleave({run.folder: train(*run, steps, device, images, size, network, reference,
+                                                   samples) for run in runs}, common.command(argv))
+    paper = {name: text for where, _, own in TABLES.values() if where == chosen for name, text in own.items()}
+    print(f"\n{common.score_table(runs, results, paper)}\n")
+
+    finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
+    if not finished:
+        raise RuntimeError("no run finished")
+    if common.ranks()[0]:
+        return
+    common.save_figure(f"{args.out}/celeba-curves.png", common.curves_figure(finished, CURVES["all"]))
+    picture = f"{args.out}/celeba-figure{args.figure}.png"
+    if args.figure in CURVES:
+        common.save_figure(picture, common.curves_figure(finished, CURVES[args.figure]))
+    if args.figure == "singular":
+        common.save_figure(picture, common.singular_figure(finished))
 
 
 if __name__ == "__main__":

@@ -1,260 +1,449 @@
 """MNIST: from MMD-nets to the gradient-constrained MMD, one row a method.
 
     python mnist.py                                     GRAM, Figure 8: 16 minutes on a CPU core
-    python mnist.py --table demystifying                Table 3 of Demystifying MMD GANs: 8 minutes, H200
-    python mnist.py --figure gcmmd                      Figure 6 of Scaled MMD: its exact distance, and SMMD's
-    python mnist.py --method gmmn-ae gamn wgan wgan-gp  what GAMN's Figure 2 shows, side by side
+    python mnist.py --table demystifying                Table 3 of Demystifying MMD GANs: 8 minutes on an H200
+    python mnist.py --figure gcmmd                      Figure 6 of Scaled MMD: 9 minutes on an H200
+    python mnist.py --method gamn wgan-gp gmmn+lr=2e-3  side by side; a row with other keys, see DEFAULTS
 
-Expect digits from gram by update 3,000. Scores are those of a LeNet that is trained once, 80 s on a CPU core,
-and kept in data/; they are no FID. A run goes to runs/mnist-METHOD-sSEED/: samples-UPDATE.png (data above
-samples), figure8.png, samples.npy, log.csv, checkpoint.pt, result.json; the curves of all runs of a command
-are runs/mnist-curves.png.
+Expect digits from gram by update 3,000, and a Frechet distance of 60 to 120 at the end, by a LeNet that is
+trained once, in 80 s on a CPU core, and kept in data/: that is no FID, and another LeNet has another one.
+A run goes to runs/mnist-METHOD-sSEED/: samples-UPDATE.png (data above samples), figure8.png, samples.npy,
+log.csv, checkpoint.pt, result.json; the curves of all runs of a command are runs/mnist-curves.png.
 """
+import hashlib
 import os
+from functools import partial
 
+import numpy as np
 import torch
-from matplotlib import image
 from matplotlib.figure import Figure
+from matplotlib.image import imread
+from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import common
 
 STEPS = 5_000               # GRAM, Figure 8; GMMN 40,000, Demystifying MMD GANs 50,000, WGAN-GP 200,000
-BATCH = 64                  # of data and of samples, Demystifying MMD GANs, Scaled MMD; a row has its own
-SIGMA = (0.1, 1, 10, 100)   # the kernel "li": GRAM, appendix B.4
+SIGMA = (0.1, 1, 10, 100)   # bandwidths of GRAM, appendix B.4
 RBF = (2, 5, 10, 20, 40, 80)            # Demystifying MMD GANs, section 5; as variances GMMN's, "gmmn"
 ALPHA = (0.2, 0.5, 1, 2, 5)             # Demystifying MMD GANs, section 5; its code has 0.1, 1, 10
-LAMBDA = 1.0                # GRAM, eq. 9
+LAMBDA, CLIP = 1.0, 0.01    # GRAM, eq. 9; WGAN
 ENCODE, ENCODE_BATCH = 10_000, 100      # steps of GMMN+AE's autoencoder, all at first; GMMN's go by layers
-ADAPT_EVERY, CODES = 500, 2_048         # of rates that adapt by so many samples: Demystifying MMD GANs,
-ADAPT = (10, 3, 0.1, 1e-6)              # section 5; window, patience, level and floor: its code's scorer.py.
-                                        # Scaled MMD, section 4, has 2,000 updates in place of 500
-SAMPLES = 10_000            # to keep and to score, but for --table
+ADAPT_EVERY, CODES = 500, 2_048         # of rates that adapt (Scaled MMD: 2,000), and samples for it; window,
+ADAPT = (10, 3, 0.1, 1e-6)              # patience, level, floor: Demystifying MMD GANs, section 5, its code
+SAMPLES = 10_000            # to keep and to score, except with --table
 BOOTSTRAP, RESAMPLINGS = 100_000, 10    # of the distance, if so many are scored; as Demystifying MMD GANs
 LENET_EPOCHS, LENET_BATCH, LENET_RATE = 2, 64, 2e-3     # ours: 99.3 % of the test images, as the tutorial's
+LOG_EVERY = 100
+TRACE_UNTIL, TRACE_EVERY = 100, 10      # of gram, log.csv has each update at first, then each 10th: Figure 8b
 PANELS = (100, 250, 500, 750, 1_000, 2_000, 3_000, 4_000, 5_000)        # updates, GRAM, Figure 8a
 SHOWN = 50                  # data and as many samples in a panel
-LOG_EVERY = 100
-TRACE_EVERY = 10            # rows in log.csv of gram after the 100th update, one for each before, Figure 8b
-GRID_EVERY = 1_000          # and scores
+SCORE_EVERY = 1_000         # and a panel
 SAVE_EVERY = 1_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
+COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r", "spread")   # spread: variance of f(x) over that of f(y)
+READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")   # condition: of the matrix that the ratio inverts
 
-# Widths of generator and critic, size of their filters, norms behind the critic's first convolution and the
-# others, noise; unit: pixels are in [0, 1], in all papers. common.dcgan_critic names the sources. Those of
-# WGAN and WGAN-GP are gan_mnist.py's, but that theirs has batch norm in the generator for WGAN alone.
-USUAL = dict(z=100, noise="uniform", kernel=5, norms=("none",), unit=True)      # where a row does not say
-SMALL = dict(g=(256, 128, 64), f=(64, 128, 256), z=128, noise="normal")
+# Widths of generator and critic, whose filters are 5x5, norms behind the critic's first convolution and the
+# others, noise; pixels are in [0, 1] in all papers. common.dcgan_critic names the sources. Those of WGANs are
+# gan_mnist.py's (igul222/improved_wgan_training), which has batch norm in the generator for WGAN alone.
+NORMAL, UNIFORM = common.normal_noise, common.uniform_noise
+BATCH, LAYER = common.batch_norm, common.layer_norm
 NETS = {
-    "gram":    dict(mlp=(600, 600, 800, 784), pooled=(16, 32, 32)),     # GRAM, appendix B.4, Table 3
-    "gmmn":    dict(mlp=(64, 256, 256, 1024, 784), z=10),
-    "gmmn-ae": dict(mlp=(64, 256, 256, 1024, 32), encoder=(784, 1024, 32), z=10),
-    "dcgan":   dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512), z=128),
-    "dcgan16": dict(g=(512, 256, 128, 64), f=(16, 32, 64, 128)),
-    "wgan-gp": SMALL,
-    "wgan":    dict(SMALL, norms=("none", "batch")),
-    "gamn":    dict(SMALL, norms=("none", "layer")),
+    "gram":    dict(mlp=(600, 600, 800, 784), pooled=(16, 32, 32), z=100, noise=UNIFORM),   # GRAM, Table 3
+    "dcgan":   dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512), norms=(None,), z=128, noise=UNIFORM),
+    "dcgan16": dict(g=(512, 256, 128, 64), f=(16, 32, 64, 128), norms=(None,), z=100, noise=UNIFORM),
+    "gamn":    dict(g=(256, 128, 64), f=(64, 128, 256), norms=(None, LAYER), z=128, noise=NORMAL),
+    "wgan":    dict(g=(256, 128, 64), f=(64, 128, 256), norms=(None, BATCH), z=128, noise=NORMAL),
+    "wgan-gp": dict(g=(256, 128, 64), f=(64, 128, 256), norms=(None,), z=128, noise=NORMAL),
+    "gmmn":    dict(mlp=(64, 256, 256, 1024, 784), z=10, noise=UNIFORM),
+    "gmmn-ae": dict(mlp=(64, 256, 256, 1024, 32), encoder=(784, 1024, 32), z=10, noise=UNIFORM),
 }
 
-# distance and the weights of its terms: common.Game says, but for gram. critic: its outputs, 0 for no critic.
-# steps: of the critic to one of the generator; gram moves both at once. adam: rate, betas; rmsprop: rate.
-# clip: bound of the critic's weights. spectral: its gains. decay: of rates that adapt to KID. paper:
-# Inception score, FID, KID of its Table 3. gram is eq. 9 as printed, with JuliaGRAM's ridge: on digits it
-# learns for 5,000 updates (on cifar.py's images not, whose gram is gram-swap). lam is Figure 5's of Scaled
-# MMD, which has none for its Figure 6. GAMN's critic steps, rates and weight are those of WGAN-GP: it names
-# none.
-GRAM = dict(nets="gram", distance="gram", kernel="li", critic=100, steps=0, adam=(1e-3, 0.5, 0.999),
-            batch=200, ridge=1e-3)
-MMD = dict(nets="dcgan16", distance="mmd2", critic=16, steps=5, adam=(1e-4, 0.5, 0.9), decay=0.5)
-ONE, TEN = dict(penalty=("gradient", 1.0)), dict(penalty=("gradient", 10.0))
-FAR = dict(MMD, **TEN, kernel="distance", critic=256)
-GULRAJANI = dict(steps=5, adam=(1e-4, 0.5, 0.9), batch=50)             # gan_mnist.py
-GMMN = dict(nets="gmmn", distance="mmd", kernel="gmmn", critic=0, steps=0, adam=(1e-3, 0.5, 0.999),
-            batch=1_000)        # its code has momentum; rate and Adam are ours
-SCALED = dict(MMD, nets="dcgan", kernel="unit", critic=1, decay=0.8)
+DEFAULTS = dict(            # 0, False and "": without
+    nets="gram",            # of NETS
+    loss="mmd",             # critic_loss() and generator_loss() say what each is; gram: Algorithm 1 of GRAM
+    form="sum",             # of gram: common.gram_objective
+    ridge=1e-3,             # of gram's density ratio; JuliaGRAM's
+    kernel="li",            # of kernels()
+    critic=0,               # outputs of the critic
+    critic_steps=0,         # to one of the generator
+    opt="adam",             # or rmsprop
+    lr=1e-4,                # learning rate
+    lr_g=0.0,               # the generator's, if another
+    beta=(0.5, 0.999),      # of Adam
+    clip=False,             # critic's weights to CLIP
+    penalty=0.0,            # weight of the gradient penalty
+    slope="image",          # whose norm the gradient penalty holds: see common.AXES
+    activation=0.0,         # weight of the penalty on the activations of all layers
+    spectral="",            # fixed or learned gains of spectrally normalised weights
+    scale=10.0,             # of smmd: Scaled MMD, section 4
+    lam=1.0,                # of gcmmd: Scaled MMD, Figure 5; for its Figure 6 the paper has none
+    decay=0.0,              # of rates that adapt to KID
+    batch=64,               # of data and of samples
+)
+NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd gcmmd".split(),
+             form="sum mean clip swap flow".split(), kernel="li rbf gmmn rq rqdot dot distance unit".split(),
+             opt=["adam", "rmsprop"], slope=list(common.AXES), spectral=["", "fixed", "learned"])
+
+GRAM = dict(loss="gram", critic=100, lr=1e-3, batch=200)
+MMD = dict(nets="dcgan16", loss="mmd2", critic=16, critic_steps=5, beta=(0.5, 0.9), decay=0.5)
+GAMN = dict(nets="gamn", kernel="gmmn", critic=10, critic_steps=5, beta=(0.5, 0.9), batch=50)
+GMMN = dict(nets="gmmn", kernel="gmmn", lr=1e-3, batch=1_000)   # its code has momentum; Adam, rate: ours
+SCALED = dict(nets="dcgan", kernel="unit", critic=1, critic_steps=5, beta=(0.5, 0.9), decay=0.8)
 METHODS = {
-    "gram":         dict(GRAM, form="sum"),                                             # eq. 9, the paper's
+    # GRAM: Figure 8
+    "gram":         dict(GRAM),                                                         # eq. 9 as printed
     "gram-clip":    dict(GRAM, form="clip"),                                            # footnote 3
-    "gram-swap":    dict(GRAM, form="swap", ridge=1.0), # eq. 9, p and q exchanged; cifar.py's gram
-    "mmd-rqdot-16": dict(MMD, **ONE, kernel="rq*", activation=1.0, paper="9.11, 4.206, .005"),  # footnote 19
-    "mmd-rbf-16":   dict(MMD, **ONE, kernel="rbf", paper="8.98, 8.264, .011"),
-    "mmd-dot-16":   dict(MMD, **ONE, kernel="dot", paper="8.86, 6.245, .006"),
-    "mmd-dist-16":  dict(FAR, activation=1e-4, paper="9.13, 6.179, .005"),              # footnote 19
-    "cramer-16":    dict(FAR, distance="cramer", paper="9.25, 3.385, .006"),
-    "wgan-gp-16":   dict(MMD, **TEN, critic=1, distance="wasserstein", paper="9.12, 6.915, .009"),
+    "gram-swap":    dict(GRAM, form="swap", ridge=1.0), # eq. 9 with p and q exchanged, as cifar.py's gram
+    # Demystifying MMD GANs: Table 3; +slope=columns is its code's penalty, +penalty=1+activation=1 is stable
+    "mmd-rqdot":    dict(MMD, kernel="rqdot", penalty=1.0, activation=1.0),             # footnote 19
+    "mmd-rbf":      dict(MMD, kernel="rbf", penalty=1.0),
+    "mmd-dot":      dict(MMD, kernel="dot", penalty=1.0),
+    "mmd-dist":     dict(MMD, kernel="distance", critic=256, penalty=10.0, activation=1e-4),    # footnote 19
+    "cramer":       dict(MMD, loss="cramer", kernel="distance", critic=256, penalty=10.0),
+    # GAMN: Figure 2; rates and batches as gan_mnist.py, whose gan without batch norm drew one sample
     "gmmn":         dict(GMMN),
-    "gmmn-ae":      dict(GMMN, nets="gmmn-ae", kernel="unit", encode=(0.2, 0.5)),      # dropout of its code
-    "gamn":         dict(GULRAJANI, **TEN, nets="gamn", distance="mmd", kernel="gmmn", critic=10),  # eq. 7
-    "wgan":         dict(nets="wgan", distance="wasserstein", critic=1, steps=5, rmsprop=5e-5, clip=0.01,
-                         batch=50),
-    "wgan-gp":      dict(GULRAJANI, **TEN, nets="wgan-gp", distance="wasserstein", critic=1),
-    "gan":          dict(nets="wgan", distance="gan", critic=1, steps=1, adam=(2e-4, 0.5, 0.999),
-                         batch=50),     # batch norm as DCGAN; gan_mnist.py has none: all samples became one
-    "smmd":         dict(SCALED, distance="smmd", scale=10.0),
-    "sn-smmd":      dict(SCALED, distance="smmd", scale=10.0, spectral="learned"),
-    "gcmmd":        dict(SCALED, distance="gcmmd", lam=1.0),                            # Proposition 4
-    "sn-gcmmd":     dict(SCALED, distance="gcmmd", lam=1.0, spectral="learned"),
+    "gmmn-ae":      dict(GMMN, nets="gmmn-ae", kernel="unit"),
+    "gamn":         dict(GAMN, penalty=10.0),                                           # eq. 7
+    "wgan":         dict(nets="wgan", loss="wasserstein", critic=1, critic_steps=5, opt="rmsprop", lr=5e-5,
+                         clip=True, batch=50),
+    "wgan-gp":      dict(GAMN, penalty=10.0, nets="wgan-gp", loss="wasserstein", critic=1),
+    "gan":          dict(nets="wgan", loss="gan", critic=1, critic_steps=1, lr=2e-4, batch=50),
+    # Scaled MMD: Figure 6
+    "smmd":         dict(SCALED, loss="smmd"),
+    "sn-smmd":      dict(SCALED, loss="smmd", spectral="learned"),
+    "gcmmd":        dict(SCALED, loss="gcmmd"),                                         # Proposition 4
+    "sn-gcmmd":     dict(SCALED, loss="gcmmd", spectral="learned"),
 }
-METHODS |= common.released(METHODS, {"dcgan16": "columns"})
-METHODS |= common.activated(METHODS, "mmd-rbf-16", "mmd-dot-16", "mmd-dist-16")
-METHODS = {name: dict(row, nets=USUAL | NETS[row["nets"]]) for name, row in METHODS.items()}
+PAPERS = {"GRAM": "gram", "Demystifying MMD GANs": "mmd-rqdot", "GAMN": "gmmn", "Scaled MMD": "smmd"}
+# A paper's table: samples, updates (50,000 in the paper), and of each row the Inception score, FID, KID
+TABLES = {"demystifying": (100_000, 20_000, {
+    "mmd-rqdot": "9.11, 4.206, .005", "mmd-rbf": "8.98, 8.264, .011", "mmd-dot": "8.86, 6.245, .006",
+    "mmd-dist": "9.13, 6.179, .005", "cramer": "9.25, 3.385, .006",
+    "wgan-gp+nets=dcgan16+decay=0.5+batch=64": "9.12, 6.915, .009"})}
+PAPER = {name: text for _, _, rows in TABLES.values() for name, text in rows.items()}
+FIGURES = {"gcmmd": dict(method=["smmd", "sn-smmd", "gcmmd", "sn-gcmmd"], steps=20_000)}   # Figure 6
+CURVES = {"all": [(name, "update") for name in ("fd", "kid", "isc", "loss_g")],     # Demystifying's Figure 2
+          "gcmmd": [(name, "update") for name in ("loss_g", "kid")]}
+CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
 
-# The rows of a paper's table, its number of samples, updates: the paper's are 50,000
-TABLES = {
-    "demystifying": (100_000, "mmd-rqdot-16 mmd-rbf-16 mmd-dot-16 mmd-dist-16 cramer-16 wgan-gp-16", 20_000),
-}
-FIGURES = {"gcmmd": dict(method=["smmd", "sn-smmd", "gcmmd", "sn-gcmmd"], steps=20_000)}
-CURVES = {      # over updates: as Demystifying MMD GANs, Figure 2, and the loss; as Scaled MMD, Figure 6
-    "all": [(name, "update") for name in ("fd", "kid", "isc", "loss_g")],
-    "gcmmd": [("loss_g", "update"), ("kid", "update")],
-}
+
+def kernels(device=None, dtype=torch.float32):
+    """The kernels that rows name, functions from [N, D] and [M, D] to [S, N, M]."""
+    sigma, rbf, alpha = (torch.tensor(v, dtype=dtype, device=device) for v in (SIGMA, RBF, ALPHA))
+    rq = partial(common.rational_quadratic, alpha=alpha)
+    return {"li": partial(common.gaussian, sigma=sigma), "rbf": partial(common.gaussian, sigma=rbf),
+            "gmmn": partial(common.gaussian, sigma=rbf.sqrt()), "rq": rq, "dot": common.dot,
+            "rqdot": lambda x, y: torch.cat([rq(x, y), common.dot(x, y)], -3),          # Demystifying's rq*
+            "distance": common.distance, "unit": common.unit_gaussian}
+
+
+def pooled_critic(widths, out):
+    """Critic of GRAM's Table 3, convolutions of 3x3 and max pooling: [N, 1, 28, 28] to [N, out]."""
+    layers = []
+    for a, b in zip([1, *widths], widths):
+        layers += [nn.Conv2d(a, b, 3, 1, 1, bias=False), BATCH(b), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    return common.Layers(*layers, nn.Flatten(), nn.Linear(widths[-1] * (28 // 2 ** len(widths)) ** 2, out))
 
 
 def networks(row):
-    """Generator, critic and decoder of a row of METHODS, None for what it has not."""
-    return common.image_networks(row["nets"], row, 1, 28)
+    """Generator, critic and decoder of a row, None for what it has not."""
+    nets, out = NETS[row["nets"]], row["critic"]
+    to_image = nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28))
+    if "encoder" in nets:               # GMMN+AE: the generator makes codes; dropout: yujiali/gmmn, train.py
+        first, act, last = common.mlp(*nets["encoder"])
+        return (nn.Sequential(common.mlp(nets["z"], *nets["mlp"]), nn.Sigmoid()),
+                nn.Sequential(nn.Flatten(), nn.Dropout(0.2), first, act, nn.Dropout(0.5), last, nn.Sigmoid()),
+                nn.Sequential(common.mlp(*reversed(nets["encoder"])), *to_image))
+    if "mlp" in nets:
+        g = nn.Sequential(common.mlp(nets["z"], *nets["mlp"]), *to_image)
+        f = pooled_critic(nets["pooled"], out) if out and "pooled" in nets else None
+    else:
+        g = common.dcgan_generator(nets["z"], nets["g"], 1, 5, nn.Sigmoid, 28)
+        f = common.dcgan_critic(1, nets["f"], out, 5, nets["norms"], 28) if out else None
+        if f and BATCH not in nets["norms"]:
+            f.to(memory_format=torch.channels_last)     # the faster layout, but for the reshaping of Layers
+    return g, common.spectral(f, row["spectral"] == "learned") if row["spectral"] else f, None
 
 
-def train(method, seed, folder, settings, steps, device, images, samples=SAMPLES, judge=None):
-    """One run: a generator that yields when ready and after each update, and returns its result.
+def critic_loss(row, f, decoder, kernel, x, y, rng):
+    """What a critic but GRAM's minimises at data x and samples y, both [N, 1, 28, 28]: a scalar."""
+    if row["nets"] == "gmmn-ae":                        # the autoencoder's cross-entropy; y is not looked at
+        return F.binary_cross_entropy(decoder(f(x)), x)
+    outputs = [] if row["activation"] else None
+    if row["loss"] in ("smmd", "gcmmd"):                # the critic's slope at the data
+        (h_x, J), h_y = common.jacobian(f, x), f(y)
+    else:
+        h_x, h_y = common.both(f, x, y, outputs)
+    match row["loss"]:
+        case "gan":
+            loss = common.gan_critic(h_x, h_y)
+        case "wasserstein":
+            loss = -common.wasserstein(h_x, h_y)
+        case "cramer":
+            loss = -common.cramer(h_x, h_y)
+        case "mmd":
+            loss = -common.mmd(*common.gram(kernel, h_x, h_y))
+        case "mmd2":
+            loss = -common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+        case "smmd":
+            mmd2 = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+            loss = -common.smmd2(mmd2, J, row["scale"])
+        case "gcmmd":                                   # held at the data
+            loss = -common.gradient_constrained_mmd2(h_x, h_y, h_x, J, row["lam"])[0]
+    if row["penalty"]:                                  # on the slope of the best critic in f's space
+        best = {"cramer": lambda h: common.cramer_witness(h, h_y),
+                "mmd2": lambda h: common.witness(kernel, h, h_x, h_y)}.get(row["loss"], lambda h: h.sum(-1))
+        a, axis = torch.rand(len(x), generator=rng, device=x.device), common.AXES[row["slope"]]
+        loss = loss + row["penalty"] * common.gradient_penalty(lambda t: best(f(t)), x, y, a, axis)
+    if row["activation"]:
+        loss = loss + row["activation"] * common.activation_penalty(outputs)
+    return loss
 
-    It is sent whether to save. samples: how many to keep and to score, by common.Judge, if there is one.
+
+def generator_loss(row, f, kernel, x, y):
+    """What the generator minimises with a critic but GRAM's: a scalar, and f(x), f(y)."""
+    with common.frozen(f):
+        if row["nets"] == "gmmn-ae":                    # y are codes
+            h_x, h_y = f(x), y
+        elif row["loss"] in ("smmd", "gcmmd"):
+            (h_x, J), h_y = common.jacobian(f, x), f(y)
+        else:
+            h_x, h_y = common.both(f, x, y)
+    match row["loss"]:
+        case "gan":
+            loss = common.gan_generator(h_y)
+        case "wasserstein":
+            loss = common.wasserstein(h_x, h_y)
+        case "mmd":
+            loss = common.mmd(*common.gram(kernel, h_x, h_y))
+        case "mmd2" | "cramer":
+            loss = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+        case "smmd":
+            mmd2 = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+            loss = common.smmd2(mmd2, J, row["scale"])
+        case "gcmmd":
+            loss, _ = common.gradient_constrained_mmd2(h_x, h_y, h_x, J, row["lam"])
+    return loss, h_x, h_y
+
+
+def train(name, row, seed, folder, steps, device, images, network=None, reference=None, samples=SAMPLES):
+    """One run, a generator: it yields after each update, is sent whether to save, and returns its result.
+
+    images: uint8 [N, 1, 28, 28] on the device; network, reference: of common.scores; samples: to be kept.
     """
-    row = METHODS[method]
-    nets, batch = row["nets"], row.get("batch", BATCH)
-    before = common.gpu_memory(device)
     torch.manual_seed(seed)
-    g, f, decoder = (network.to(device) if network else None for network in networks(row))
-    sampler = common.Sampler(g, nets, decoder=decoder if "encode" in row else None)
-    rng = torch.Generator(device).manual_seed(seed)
-    kernel = common.kernels(SIGMA, RBF, ALPHA, device).get(row.get("kernel"))
-    game = common.Game(row, f, decoder, kernel, rng).to(device)
-    opt_g = common.optimizer(g, row.get("adam"), row.get("rmsprop"))
-    opt_f = common.optimizer(game, row.get("adam"), row.get("rmsprop")) if f else None
-    scorer = common.Scorer(judge, sampler, folder, BOOTSTRAP, RESAMPLINGS)
-    log = common.Log(folder, common.COLUMNS, steps, device, common.READINGS)
-    state = dict(g=g, opt_g=opt_g, game=game, rng=rng, log=log)
-    if f:
-        state["opt_f"] = opt_f
-    K_ratio = torch.zeros(len(SIGMA), batch, batch, device=device)      # what the last ratio has inverted
+    nets, codes, gram = NETS[row["nets"]], row["nets"] == "gmmn-ae", row["loss"] == "gram"
+    g, f, decoder = (part.to(device) if part else None for part in networks(row))
+    kernel, rng = kernels(device)[row["kernel"]], torch.Generator(device).manual_seed(seed)
+    players = nn.ModuleDict({key: part for key, part in dict(f=f, decoder=decoder).items() if part})
+    opt_g = common.optimizer(g, row["opt"], row["lr_g"] or row["lr"], row["beta"])
+    opt_f = common.optimizer(players, row["opt"], row["lr"], row["beta"]) if f else None
+    log = common.Log(folder, COLUMNS, steps, device, READINGS)
+    K_ratio = kernel(*2 * [torch.zeros(row["batch"], 1, device=device)])    # what the last ratio has inverted
+    state = dict(g=g, opt_g=opt_g, players=players, rng=rng, log=log)
+    state |= dict(opt_f=opt_f) if f else {}
 
     def draw(n):
-        return (common.draw_images(images, n, rng) + 1) / 2, g(sampler.noise(n, rng))
+        return common.draw_images(images, n, rng) / 255, g(nets["noise"](n, nets["z"], rng))
 
-    def ascend():
-        x, y = torch.no_grad()(draw)(ENCODE_BATCH if "encode" in row else batch)
-        with parametrize.cached():      # so that a spectral norm is iterated once
-            loss = game.critic(x, y)
+    def critic_step():
+        with torch.no_grad():
+            x, y = draw(ENCODE_BATCH if codes else row["batch"])
+        with parametrize.cached():      # a spectral norm is iterated once
+            loss = critic_loss(row, f, decoder, kernel, x, y, rng)
             common.descend((opt_f, loss))
-        if "clip" in row:
-            common.clip_weights(f, row["clip"])
-        game.loss.copy_(loss.detach())
+        if row["clip"]:
+            common.clip_weights(f, CLIP)
+        log.add(loss_f=loss)
 
-    def update():
-        x, y = draw(batch)
-        if row["distance"] == "gram":   # Algorithm 1, simultaneous: one K, both gradients, both steps
+    def generator_step():
+        x, y = draw(row["batch"])
+        if gram:                        # Algorithm 1: one Gram matrix, both gradients, both steps
             h_x, h_y = common.both(f, x, y)
-            K_all = K_xx, _, K_yy = common.gram(kernel, h_x, h_y)
-            objective, r = common.gram_objective(*K_all, row["form"], row["ridge"], LAMBDA)
-            loss_g = common.mmd2(*K_all)
-            common.descend((opt_f, -objective), (opt_g, loss_g))
-            K_ratio.copy_(K_xx.detach() if row["form"] in common.AT_DATA else K_yy.detach())
-            means = -objective, loss_g, common.pearson(r), r.mean()
+            K_xx, K_xy, K_yy = common.gram(kernel, h_x, h_y)
+            objective, r = common.gram_objective(K_xx, K_xy, K_yy, row["form"], row["ridge"], LAMBDA)
+            loss = common.mmd2(K_xx, K_xy, K_yy)
+            common.descend((opt_f, -objective), (opt_g, loss))
+            K_ratio.copy_((K_xx if row["form"] in common.AT_DATA else K_yy).detach())
+            log.add(loss_f=-objective, loss_g=loss, pearson=common.pearson(r), mean_r=r.mean(),
+                    spread=h_x.var(0).sum() / h_y.var(0).sum())
         else:
             with parametrize.cached():
-                loss_g, h_x, h_y = game.generator(x, y)
-                common.descend((opt_g, loss_g))
-            means = game.loss if f else None, loss_g, None, None
-        log.add(*means, h_x.var(0).sum() / h_y.var(0).sum() if f else None)
+                loss, h_x, h_y = generator_loss(row, f, kernel, x, y)
+                common.descend((opt_g, loss))
+            log.add(loss_g=loss, **(dict(spread=h_x.var(0).sum() / h_y.var(0).sum()) if f else {}))
 
-    def cycle(n):
-        for _ in range(n):
-            ascend()
-        update()
+    def sample(n, seed=0):              # uint8 [n, 1, 28, 28] of a seed's noise
+        z = nets["noise"](n, nets["z"], torch.Generator().manual_seed(seed)).to(device)
+        return common.draw_samples(nn.Sequential(g, decoder) if codes else g, z)
 
-    def readings(step):
-        found = {}
-        if "ridge" in row and step % LOG_EVERY == 0:
-            found["condition"] = common.condition(K_ratio, row["ridge"])
-        if step % GRID_EVERY == 0 or step == steps:
-            found |= scorer.score(SAMPLES)
+    def readings():
+        found = dict(condition=common.condition(K_ratio, row["ridge"])) if gram and shown else {}
+        if network and (step % SCORE_EVERY == 0 or step == steps):
+            found |= common.scores(network, sample(SAMPLES), reference)
         if "adaptive" in state and step % ADAPT_EVERY == 0:
-            found["p"] = state["adaptive"].step(judge.codes(sampler.draw(CODES, step)))
-            found["lr_g"] = float(opt_g.param_groups[0]["lr"])
+            found["p"] = state["adaptive"].step(network(sample(CODES, step))[0])
+            found["lr_g"] = round(float(common.rates(opt_g)[0]), 10)
         return found
 
-    if judge and "decay" in row:
-        x, key = judge.codes(images[:CODES]), judge.network.key
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, key, row["decay"], *ADAPT)
+    if row["decay"] and network:
+        x, _ = network(images[:CODES])
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
+    settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images))
     step = common.load(folder, state, settings)
-    speed = common.read_result(folder, "milliseconds", "MiB")
-    if step < steps:
-        update = common.capture(update, state)
-        if row["steps"] or "encode" in row:
-            ascend = common.capture(ascend, state)
-        speed = common.measure(lambda: cycle(row["steps"]), state, device, before)
-    yield                               # when all runs are ready, the clock starts
+    critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
+    for _ in range(ENCODE if codes and step == 0 else 0):
+        critic_step()
+        if common.signals:
+            raise KeyboardInterrupt
+    if codes:
+        f.eval()                        # without dropout from now on
     log.start(step)
-    if "encode" in row and step == 0:
-        yield from common.encode(ascend, ENCODE, folder)
     while step < steps:
-        cycle(row["steps"])
+        for _ in range(row["critic_steps"]):
+            critic_step()
+        generator_step()
         step += 1
         shown = step % LOG_EVERY == 0 or step == steps
-        if shown or row["distance"] == "gram" and (step <= 100 or step % TRACE_EVERY == 0):
-            log.row(step, lambda: readings(step), shown)
-        if step in PANELS or step % GRID_EVERY == 0 or step == steps:
-            panel = torch.cat([images[:SHOWN].cpu(), sampler.draw(500)[:SHOWN]])
+        if shown or gram and (step <= TRACE_UNTIL or step % TRACE_EVERY == 0):
+            log.row(step, readings, shown)
+        if step in PANELS or step % SCORE_EVERY == 0 or step == steps:
+            panel = torch.cat([images[:SHOWN].cpu(), sample(500)[:SHOWN]])
             common.save_grid(f"{folder}/samples-{step}.png", panel, 10)
-        if (yield) or step % SAVE_EVERY == 0 or step == steps:
+        stop = yield
+        if stop or step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
 
-    return dict(method=method, seed=seed, updates=step, seconds=log.seconds, **speed,
-                **common.machine(device), **scorer.keep(samples))
+    y = sample(samples)
+    with common.replacing(f"{folder}/samples.npy") as file:
+        np.save(file, y.numpy())
+    found = common.scores(network, y, reference, BOOTSTRAP, RESAMPLINGS) if network else {}
+    result = dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds)
+    return result | found | common.machine(device)
+
+
+class LeNet(nn.Module):
+    """Grey uint8 images [N, C, 28, 28] to features [N, 512] and logits [N, 10], in place of Inception.
+
+    As Demystifying MMD GANs, section 4; of TensorFlow's tutorial (tutorials/image/mnist/convolutional.py).
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 5, padding=2),
+            nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64 * 49, 512), nn.ReLU())
+        self.classes = nn.Linear(512, 10)
+
+    def forward(self, images):
+        found = self.features(images[:, :1].float() / 255 - 0.5)
+        return found, self.classes(found)
+
+
+def train_lenet(images, labels):
+    """A LeNet trained on uint8 images [N, 1, 28, 28] with labels int64 [N]; its rate rises, then falls."""
+    torch.manual_seed(0)                # the tutorial has momentum, dropout and 10 epochs
+    network = LeNet().to(images.device)
+    batches = [part for _ in range(LENET_EPOCHS) for part in torch.randperm(len(images)).split(LENET_BATCH)]
+    optimizer = torch.optim.Adam(network.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LENET_RATE, total_steps=len(batches))
+    for index in common.progress("steps of a LeNet", batches, len(batches), lambda _: 1):
+        common.descend((optimizer, F.cross_entropy(network(images[index])[1], labels[index])))
+        schedule.step()
+    return network
+
+
+def load_lenet(folder, device):
+    """The Features of FOLDER/features-lenet.pth, trained if it is not there; raises OSError or ValueError."""
+    path, network, sets = f"{folder}/features-lenet.pth", LeNet(), {}
+    if not os.path.exists(path):
+        for split in ("train", "test"):
+            images = common.load_images("mnist", split, folder).to(device)
+            labels = np.load(of := f"{folder}/mnist-{split}-labels.npy")
+            if labels.dtype != np.uint8 or labels.shape != images.shape[:1] or labels.max() > 9:
+                raise ValueError(f"{of}: found {labels.dtype} {list(labels.shape)}, expected uint8 up to 9, "
+                                 f"{len(images)} of them; delete it and its images to have both fetched")
+            sets[split] = images, torch.from_numpy(labels).long().to(device)
+        print(f"{path} is not there: trained once, by {LENET_EPOCHS} epochs of MNIST", flush=True)
+        trained, (x, labels) = train_lenet(*sets["train"]), sets["test"]
+        with torch.no_grad():
+            right = torch.cat([trained(part)[1].argmax(1) for part in x.split(1_000)]) == labels
+        with common.replacing(path) as file:
+            torch.save(dict(weights=trained.state_dict(), accuracy=float(right.double().mean())), file)
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(kept["weights"])
+        print(f"{path}: classifies {kept['accuracy']:.2%} of MNIST's test images rightly")
+    except Exception as error:          # whatever its reader stumbles over
+        raise ValueError(f"{path}: no LeNet ({error}); delete it to have it trained anew") from error
+    key = hashlib.sha256(np.fromfile(path, np.uint8)).hexdigest()[:8]
+    return common.Features(network.eval().to(device), "lenet", key, device)
 
 
 def figure_8(folder, result):
-    """Figure 8 of GRAM: data above samples during training, and the traces of eq. 10 and eq. 7."""
-    figure = Figure(figsize=(8, 11), layout="constrained")
-    grid = figure.add_gridspec(4, 6)
-    pictures = {step: f"{folder}/samples-{step}.png" for step in PANELS if step <= result["updates"]}
-    for place, step in enumerate(step for step, path in pictures.items() if os.path.exists(path)):
-        axes = figure.add_subplot(grid[place // 3, place % 3 * 2:place % 3 * 2 + 2])
-        axes.imshow(image.imread(pictures[step]))
-        axes.set_title(f"update {step:,}", fontsize=9)
-        axes.axis("off")
-    trace, left = common.read_log(folder), figure.add_subplot(grid[3, :3])
-    right = figure.add_subplot(grid[3, 3:], sharey=left)
-    for axes, part in ((left, trace["step"] <= 100), (right, trace["step"] >= 100)):
-        common.curve_panel(axes, trace["step"][part], {
-            "generator's loss, eq. 10": trace["loss_g"][part],
-            "Pearson divergence estimate, eq. 7": trace["pearson"][part]})
-    right.legend(fontsize=7)
-    figure.supxlabel("The paper draws D* (eq. 5), a constant minus the Pearson divergence; the constant is "
-                     "unknown.", fontsize=8)
+    """GRAM, Figure 8: data above samples during training, and the traces of eq. 10 and eq. 7."""
+    figure, trace = Figure(figsize=(8, 11), layout="constrained"), common.read_log(folder)
+    axes = figure.subplot_mosaic("AABBCC;DDEEFF;GGHHII;LLLRRR")
+    pictures = {step: f"{folder}/samples-{step}.png" for step in sorted({*PANELS, result["updates"]})}
+    there = [step for step, path in pictures.items() if step <= result["updates"] and os.path.exists(path)]
+    for place, step in zip("ABCDEFGHI", there[-9:]):
+        axes[place].imshow(imread(pictures[step]))
+        axes[place].set_title(f"update {step:,}", fontsize=9)
+    for place in "ABCDEFGHI":
+        axes[place].axis("off")
+    for place, part in (("L", trace["step"] <= TRACE_UNTIL), ("R", trace["step"] >= TRACE_UNTIL)):
+        for name, label in (("loss_g", "generator's loss, eq. 10"), ("pearson", "Pearson estimate, eq. 7")):
+            axes[place].plot(trace["step"][part], trace[name][part], label=label, linewidth=1)
+        axes[place].set(yscale="log", xlabel="update")
+    axes["R"].sharey(axes["L"])
+    axes["L"].legend(fontsize=7)
+    figure.supxlabel("The paper draws eq. 5, an unknown constant minus the Pearson divergence", fontsize=8)
     figure.suptitle(f"{result['method']}: data (top halves) and samples", fontsize=11)
     return figure
 
 
 def main(argv=None):
-    network = "a LeNet, trained once and kept with the data"
-    args = common.parse(common.flags(__doc__, METHODS, ["gram"], STEPS, network), argv, FIGURES, TABLES)
-    device, samples = common.setup(args.device), args.samples or SAMPLES
-    adaptive = any("decay" in METHODS[method] for method in args.method)
-    least = max(SHOWN, CODES if adaptive else 0, *(METHODS[name].get("batch", BATCH) for name in args.method))
-    images = common.load_images("mnist", "train", args.data, least).to(device)
-    common.load_images("mnist", "test", args.data)          # for the judge to read
-    lenet = args.features or common.load_lenet(args.data, device, LENET_EPOCHS, LENET_BATCH, LENET_RATE)
-    judge = common.open_judge(lenet, f"{args.data}/mnist-test.npy", device)
-    finished = common.train_runs(__file__, globals(), args, argv, device,
-                                 lambda run: train(*run, args.steps, device, images, samples, judge))
-    for (method, _, folder, _), result in finished:
-        if METHODS[method]["distance"] == "gram":
-            common.save_figure(f"{folder}/figure8.png", figure_8(folder, result))
-    if args.table:
-        own = judge.score(images[:samples])     # the paper has the test images' own: 9.78, 4.305, .003
-        shown = common.shown_scores(own["features"])
-        found = (f"{name} {scale * own[key]:.3g}" for key, (name, scale, _) in shown.items() if key in own)
-        print("the training images, scored likewise:", ", ".join(found))
+    parser = common.flags(__doc__, METHODS, PAPERS, "gram", STEPS, "a LeNet, trained once")
+    parser.add_argument("--table", choices=TABLES, help="a paper's rows and numbers; finished runs are kept")
+    parser.add_argument("--figure", choices=FIGURES, help="a paper's figure; finished runs are kept")
+    args = parser.parse_args(argv)
+    samples, steps, table = TABLES.get(args.table, (SAMPLES, STEPS, {}))
+    chosen = dict(method=list(table) or ["gram"], steps=steps) | FIGURES.get(args.figure, {})
+    names, steps = args.method or chosen["method"], args.steps or chosen["steps"]
+    rows = dict(common.find_row(name, METHODS, DEFAULTS, NAMES) for name in names)
+
+    device = common.setup(args.device)
+    images = common.load_images("mnist", "train", args.data).to(device)
+    common.load_images("mnist", "test", args.data)
+    network = common.load_features(args.features, device) if args.features else load_lenet(args.data, device)
+    reference = common.load_reference(f"{args.data}/mnist-test.npy", network)
+
+    out, resume = f"{args.out}/mnist", args.resume or bool(args.table or args.figure)
+    runs = [common.Run(name, row, seed, common.run_folder(f"{out}-{name}-s{seed}", __file__, resume))
+            for name, row in rows.items() for seed in args.seeds]
+    for name, row in rows.items():
+        common.show(name, row, *networks(row))
+    print(f"{steps:,} updates on {common.machine(device)}\n{common.log_head(COLUMNS + READINGS)}")
+    results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples)
+                                 for run in runs}, common.command(argv))
+    print(f"\n{common.score_table(runs, results, PAPER)}\n")
+    if args.table:                      # the paper has, of the test images themselves, 9.78, 4.305, .003
+        own = common.scores(network, images[:samples], reference)
+        print(f"{own['samples']:,} training images themselves, {own['features']} against {own['reference']}: "
+              + ", ".join(f"{key} {own[key]:.3g}" for key in ("isc", "fd", "kid") if key in own))
+
+    finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
+    if not finished:
+        raise RuntimeError("no run finished")
+    common.save_figure(f"{out}-curves.png", common.curves_figure(finished, CURVES["all"]))
+    if args.figure in CURVES:
+        curves = common.curves_figure(finished, CURVES[args.figure])
+        common.save_figure(f"{out}-figure{args.figure}.png", curves)
+    for run, result in finished:
+        if run.row["loss"] == "gram":
+            common.save_figure(f"{run.folder}/figure8.png", figure_8(run.folder, result))
 
 
 if __name__ == "__main__":

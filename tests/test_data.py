@@ -1,323 +1,260 @@
-"""Data and scores: what is drawn, what is loaded, and what is said of files that are not right."""
-import hashlib
+"""Data: toy sets, batches, arrays from torchvision and from folders of image files, against plain numpy."""
 import os
-import time
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from PIL import Image
 
 import common
-from conftest import Features, export, inception_weights, says
 
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# ---- drawing ----------------------------------------------------------------------------------------------
+def noise(*shape, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def test_noise():
-    z = common.uniform_noise(10_000, 3, rng())
-    assert z.shape == (10_000, 3) and z.min() >= -1 and z.max() <= 1
-    assert abs(float(z.mean())) < 0.02 and float(z.var()) == pytest.approx(1 / 3, abs=0.01)
-    assert float(common.normal_noise(10_000, 3, rng()).std()) == pytest.approx(1, abs=0.02)
-    assert torch.equal(z, common.uniform_noise(10_000, 3, rng())) and not torch.equal(
-        z, common.uniform_noise(10_000, 3, rng(1)))
-
-
-def test_images_are_drawn_whole_and_scaled():
-    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 3, 2, 2) * 28
-    drawn = common.draw_images(images, 500, rng())
-    assert drawn.shape == (500, 3, 2, 2) and drawn.dtype == torch.float32
-    assert set((drawn[:, 0, 0, 0] * 127.5 + 127.5).round().int().tolist()) == set(range(0, 256, 28))
-    assert (drawn == drawn[:, :1, :1, :1]).all()
-    every = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1)
-    assert torch.equal(common.to_bytes(every.float() / 127.5 - 1), every)
-    assert common.to_bytes(torch.tensor([-2.0, 2.0])).tolist() == [0, 255]
-
-
-def test_images_are_mirrored_or_not():
-    x = torch.arange(400 * 3 * 2 * 4.0).view(400, 3, 2, 4)
-    flipped = common.flip_images(x, rng())
-    mirrored = [not torch.equal(a, b) for a, b in zip(flipped, x)]
-    assert 150 < sum(mirrored) < 250
-    for a, b, other in zip(flipped, x, mirrored):
-        assert not other or a.tolist() == [[row[::-1] for row in channel] for channel in b.tolist()]
-
-
-def test_ring_and_its_modes():
+def test_ring_and_mixture():
     centres = common.ring_centres(8, 2.0)
-    assert torch.allclose(centres[0], torch.tensor([0.0, -2.0]), atol=1e-6)
-    assert torch.allclose(centres[2], torch.tensor([2.0, 0.0]), atol=1e-6)
+    angle = -np.pi / 2 + np.arange(8) * np.pi / 4           # the first at the bottom, the third on the right
+    assert np.allclose(centres, 2 * np.stack([np.cos(angle), np.sin(angle)], 1), atol=1e-6)
     x = common.draw_mixture(centres, 0.2, 40_000, rng())
-    masses = common.mode_masses(x, centres, 0.2)
-    assert masses.shape == (8,) and float(masses.sum()) == pytest.approx(1 - np.exp(-4.5), abs=0.002)
-    assert float((masses - masses.mean()).abs().max()) < 0.01
+    assert torch.equal(x, common.draw_mixture(centres, 0.2, 40_000, rng()))
     nearest = torch.cdist(x, centres).argmin(1)
     assert (torch.bincount(nearest) / 40_000 - 1 / 8).abs().max() < 0.01
-    assert float((x - centres[nearest]).std()) == pytest.approx(0.2, rel=0.02)
+    apart = x - centres[nearest]
+    assert apart.std(0).tolist() == pytest.approx([0.2, 0.2], rel=0.02) and apart.mean(0).abs().max() < 0.005
+    assert float(common.mode_masses(x, centres, 0.2).sum()) == pytest.approx(1 - np.exp(-4.5), abs=0.002)
 
 
 def test_mode_masses_by_hand():
     centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [20.0, 0.0], [30.0, 0.0]])
-    y = torch.tensor([[0.0, 0.2]] * 60 + [[10.0, 0.29]] * 30 + [[10.0, 0.31]] * 4 + [[20.0, 0.0]] * 1
-                     + [[float("nan"), 0.0]] * 3 + [[float("inf"), 0.0]] * 2)
+    far = [[np.nan, 0.0], [np.inf, 0.0], [0.0, -np.inf], [0.0, np.nan], [15.0, 0.0]]
+    y = torch.tensor([[0.0, 0.2]] * 60 + [[10.0, 0.29]] * 30 + [[10.0, 0.31]] * 4 + [[20.0, 0.0]] + far)
     assert common.mode_masses(y, centres, 0.1).tolist() == pytest.approx([0.6, 0.3, 0.01, 0])
-    assert common.mode_masses(y * float("nan"), centres, 0.1).tolist() == [0, 0, 0, 0]
+    assert common.mode_masses(y * np.nan, centres, 0.1).tolist() == [0, 0, 0, 0]
 
 
-def test_grid_and_swiss_roll():
-    grid = common.grid_centres(5, 2)
-    assert sorted(map(tuple, grid.tolist())) == [(x, y) for x in (-4, -2, 0, 2, 4) for y in (-4, -2, 0, 2, 4)]
-    roll = common.swiss_roll_centres(2_000)
-    radius = roll.norm(dim=1)
-    assert 1.5 * np.pi <= float(radius.min()) and float(radius.max()) <= 4.5 * np.pi
-    angle = torch.atan2(roll[:, 1], roll[:, 0])
-    assert torch.allclose((angle - radius).cos(), torch.ones(2_000), atol=1e-4)  # radius = angle, mod 2 pi
-    assert float((radius.sort().values.diff()).max()) == pytest.approx(3 * np.pi / 2_000, rel=0.01)
+def test_batches_are_drawn_by_the_generator(tmp_path):
+    """In memory and from a mapped file; a generator's state is all that resuming takes."""
+    np.save(tmp_path / "images.npy", noise(50, 3, 4, 4))
+    images, index = torch.tensor(noise(50, 3, 4, 4)), torch.randint(50, (3, 16), generator=rng(3))
+    for kind in (images, common.read_images(f"{tmp_path}/images.npy")):
+        drawn, copied, resumed, x = rng(3), rng(3), rng(9), torch.zeros(16, 3, 4, 4)
+        place = x.data_ptr()
+        for rows in index:
+            resumed.set_state(copied.get_state())
+            common.copy_batch(kind, copied, x)
+            y = common.draw_images(kind, 16, drawn)
+            assert y.dtype == torch.float32 and torch.equal(y, images[rows].float())
+            assert torch.equal(x, y) and x.data_ptr() == place
+        common.copy_batch(kind, resumed, x.zero_())
+        assert torch.equal(x, y) and y.min() < 5 and y.max() > 250
 
 
-# ---- image files ------------------------------------------------------------------------------------------
+def test_flips_and_crops_by_hand():
+    """Each pixel says where it was: crops lie everywhere with equal chances, each image has its own."""
+    n, height, width, side = 600, 7, 5, 3
+    images = (torch.arange(height)[:, None] * 10 + torch.arange(width)).expand(n, 2, -1, -1).clone().float()
+    images[:, 1] += 100
+    images += 200 * torch.arange(n)[:, None, None, None]
+    found = common.crop_images(images, side, rng())
+    corner = (found[:, 0, 0, 0] - 200 * torch.arange(n)).long()
+    top, left = corner // 10, corner % 10
+    for i in range(n):
+        assert torch.equal(found[i], images[i, :, top[i]:top[i] + side, left[i]:left[i] + side])
+    places = torch.bincount(top * 3 + left, minlength=15)
+    assert len(places) == 15 and places.min() > 20 and places.max() < 65
+    assert not torch.equal(found, common.crop_images(images, side, rng(1)))
+    assert torch.equal(common.crop_images(images, side), common.crop_images(images, side))
+    assert torch.equal(common.crop_images(images[:, :, :5], 5, rng()), images[:, :, :5])
+    flipped = common.flip_images(images, rng())
+    hit = (flipped != images)[:, :1, :1, :1]
+    assert 250 < int(hit.sum()) < 350 and torch.equal(flipped, images.flip(3).where(hit, images))
 
 
-def write(folder, array, name="cifar10-train"):
-    np.save(folder / f"{name}.npy", array)
-    return str(folder / f"{name}.npy")
+def test_samples_are_rounded_and_drawn_in_parts():
+    values, n = torch.tensor([-0.1, 0.0, 0.49 / 255, 0.51 / 255, 254.6 / 255, 1.2]), []
+    found = common.draw_samples(lambda z: n.append(len(z)) or values.expand(len(z), 6), torch.ones(1_200, 2))
+    assert found.dtype == torch.uint8 and sum(n) == 1_200 and 100 < min(n) and max(n) <= 500
+    assert found.tolist() == [[0, 0, 0, 1, 255, 255]] * 1_200
 
 
-def test_images_are_mapped(tmp_path):
-    array = np.random.default_rng(0).integers(0, 256, (5, 3, 32, 32), np.uint8)
-    path = write(tmp_path, array)
-    assert np.array_equal(common.load_images("cifar10", "train", str(tmp_path)).numpy(), array)
-    common.load_images("cifar10", "train", str(tmp_path)).zero_()
-    assert np.array_equal(np.load(path), array)     # the file stays as it is
+def test_images_go_to_a_gpu_if_they_take_half_of_it(monkeypatch):
+    class Images:
+        nbytes, to = 100, lambda self, device: device
+
+    images, gpu = Images(), torch.device("cuda")
+    assert common.to_device(images, torch.device("cpu")) is images
+    for free, wanted in ((200, gpu), (199, images)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, 10 ** 9))
+        assert common.to_device(images, gpu) is wanted
 
 
-@pytest.mark.parametrize("array, found", [
-    (np.zeros((4, 3, 32, 32), np.float32), "found float32 [4, 3, 32, 32]"),
-    (np.zeros((4, 32, 32, 3), np.uint8), "found uint8 [4, 32, 32, 3]"),
-    (np.zeros((4, 3 * 32 * 32), np.uint8), "found uint8 [4, 3072]"),
-    (np.zeros((1, 3, 32, 32), np.uint8), "found uint8 [1, 3, 32, 32]"),
-])
-def test_wrong_arrays(tmp_path, array, found):
-    write(tmp_path, array)
-    with says("cifar10-train.npy", found, "expected uint8 [N, 3, 32, 32]"):
-        common.load_images("cifar10", "train", str(tmp_path))
+@pytest.mark.parametrize("kind, name, split, shape", [("CIFAR10", "cifar10", "test", (6, 32, 32, 3)),
+                                                      ("MNIST", "mnist", "train", (6, 28, 28))])
+def test_arrays_are_built_from_torchvision(kind, name, split, shape, tmp_path, monkeypatch):
+    """A download that fails leaves nothing; what is there is mapped and not built again."""
+    def init(self, root, train=True, download=False):
+        if failure:
+            raise failure
+        assert download and train == (split == "train")
+        self.data, self.targets = torch.tensor(pixels) if kind == "MNIST" else pixels, [0, 1, 2, 3, 4, 9]
+
+    pixels = noise(*shape)
+    monkeypatch.setattr(getattr(torchvision.datasets, kind), "__init__", init)
+    for failure in (OSError("no route to host"), RuntimeError("Error downloading")):
+        with pytest.raises(OSError, match=f"{name}-{split}.npy.*{failure}.*--data"):
+            common.load_images(name, split, str(tmp_path))
+        assert os.listdir(tmp_path) == []
+    failure = None
+    images = common.load_images(name, split, str(tmp_path))
+    assert np.array_equal(images, pixels[:, None] if kind == "MNIST" else pixels.transpose(0, 3, 1, 2))
+    assert np.load(tmp_path / f"{name}-{split}-labels.npy").tolist() == [0, 1, 2, 3, 4, 9]
+    assert sorted(os.listdir(tmp_path)) == [f"{name}-{split}-labels.npy", f"{name}-{split}.npy"]
+    failure = OSError("not again")
+    again = common.load_images(name, split, str(tmp_path))
+    np.load(tmp_path / f"{name}-{split}.npy", mmap_mode="r+")[2] += 1
+    assert torch.equal(again, images) and again[2, 0, 0, 0] != pixels[2].flat[0]
 
 
-def test_broken_arrays(tmp_path):
-    path = write(tmp_path, np.zeros((4, 3, 32, 32), np.uint8))
-    np.savez(tmp_path / "several.npz", a=np.zeros(3), b=np.zeros(3))
+def test_files_that_are_no_images(tmp_path):
+    path = tmp_path / "set.npy"
+    for shape in ((4, 8, 8, 3), (4, 192), (1, 3, 8, 8), (4, 2, 8, 8), (4, 3, 8, 8)):
+        array = noise(*shape).astype(np.float32 if shape == (4, 3, 8, 8) else np.uint8)
+        np.save(path, array)
+        with pytest.raises(ValueError) as error:
+            common.read_images(str(path))
+        assert f"{path}: found {array.dtype} {list(array.shape)}, expected" in str(error.value)
+    np.save(path, noise(4, 3, 8, 8))
+    whole = path.read_bytes()
+    np.savez(tmp_path / "several.npz", a=array, b=array)
     several = (tmp_path / "several.npz").read_bytes()
-    for content in (open(path, "rb").read()[:5000], b"", b"no array at all", several):
-        open(path, "wb").write(content)
-        with says("cifar10-train.npy", "no whole .npy file", "copy it again"):
-            common.load_images("cifar10", "train", str(tmp_path))
+    for content in (whole[:500], whole[:50], b"", b"no array at all", several, several[:9]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="set.npy: .*delete it"):
+            common.read_images(str(path))
+    with pytest.raises(OSError, match="nothing.npy"):
+        common.read_images(f"{tmp_path}/nothing.npy")
 
 
-class FakeSet:
-    """What torchvision's MNIST and CIFAR10 look like once downloaded."""
-
-    def __init__(self, root, train, download):
-        assert download
-        self.data = torch.arange(6 * 28 * 28).view(6, 28, 28).to(torch.uint8) if "mnist" in root else \
-            np.arange(6 * 32 * 32 * 3).reshape(6, 32, 32, 3).astype(np.uint8)
-        self.targets = [0, 1, 2, 3, 4, int(train)]
-
-
-def test_arrays_are_built_from_torchvision(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "SETS", {name: (FakeSet, shape) for name, (_, shape) in common.SETS.items()})
-    cifar = common.load_images("cifar10", "test", str(tmp_path / "a"))
-    assert torch.equal(cifar, torch.tensor(FakeSet("", False, True).data).permute(0, 3, 1, 2))
-    assert np.load(tmp_path / "a" / "cifar10-test-labels.npy").tolist() == [0, 1, 2, 3, 4, 0]
-    assert common.load_images("mnist", "train", str(tmp_path / "mnist")).shape == (6, 1, 28, 28)
-    assert sorted(os.listdir(tmp_path / "a")) == ["cifar10-test-labels.npy", "cifar10-test.npy"]
-    monkeypatch.setattr(common, "SETS", {})         # and now they are there, nothing is downloaded
-    monkeypatch.setattr(common, "SETS", {"cifar10": (None, (3, 32, 32))})
-    assert torch.equal(common.load_images("cifar10", "test", str(tmp_path / "a")), cifar)
+def test_every_kind_of_image_file_becomes_rgb(tmp_path):
+    small = Image.fromarray(noise(4, 4, 3))
+    rgb = small.resize((30, 40), Image.Resampling.BICUBIC)      # smooth: a JPEG or a palette is close to it
+    picture, grey = np.asarray(rgb), rgb.convert("L")
+    grey.save(tmp_path / "8.png"), rgb.quantize(256).save(tmp_path / "palette.png")
+    Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 128).save(tmp_path / "16.png")
+    rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
+    Image.fromarray(np.dstack([picture, noise(40, 30)])).save(tmp_path / "alpha.png")
+    assert {Image.open(path).mode[0] for path in tmp_path.iterdir()} == set("LIPCR")
+    found = {path.name: np.asarray(common.open_image(str(path))).astype(int) for path in tmp_path.iterdir()}
+    assert np.array_equal(found["8.png"], np.dstack([np.asarray(grey)] * 3))
+    assert np.abs(found["16.png"] - found["8.png"]).max() <= 1 and np.array_equal(found["alpha.png"], picture)
+    assert all(np.abs(found[name] - picture).mean() < 6 for name in ("palette.png", "cmyk.jpg"))
 
 
-def test_download_that_fails(tmp_path, monkeypatch):
-    def offline(root, train, download):
-        os.makedirs(f"{root}/MNIST/raw")        # as torchvision does
-        raise OSError("no route to host")
-    monkeypatch.setattr(common, "SETS", {"cifar10": (offline, (3, 32, 32))})
-    with says("cifar10-train.npy", "no route to host", "--data"):
-        common.load_images("cifar10", "train", str(tmp_path / "data"))
-    assert os.listdir(tmp_path / "data") == []
+def test_image_files(tmp_path):
+    """Nested folders, links to folders and files, a loop of links, suffixes of any case."""
+    inside, outside = tmp_path / "set", tmp_path / "outside"
+    (inside / "b" / "deep").mkdir(parents=True), (inside / "a.b[1]").mkdir(), outside.mkdir()
+    files = ["a.b[1]/x.tif", "b/1.png", "b/deep/0.webp", "b/deep/10.Jpg", "z.JPEG"]
+    for name in (*files, "b/notes.txt", "b/png", "../outside/o.jpg"):
+        (inside / name).touch()
+    (inside / "file.png").symlink_to(outside / "o.jpg"), (outside / "also").symlink_to(outside)
+    (inside / "link").symlink_to(outside), (inside / "b" / "again").symlink_to(inside)
+    files = sorted([*files, "file.png", "link/o.jpg"])
+    assert common.image_files(str(inside)) == [f"{inside}/{name}" for name in files]
 
 
-def test_folders_of_images(tmp_path):
-    images = torch.randint(256, (3, 3, 20, 24), generator=rng(), dtype=torch.uint8)
-    for i, image in enumerate(images):
-        common.save_grid(f"{tmp_path}/{i}.png", image[None], 1)
-    read = common.read_images(str(tmp_path))
-    assert torch.equal(read, images)
-    common.save_grid(f"{tmp_path}/4.png", images[:1, :, :9], 1)
-    with says("found 4 .png and .jpg files", "(9, 24), (20, 24)"):
-        common.read_images(str(tmp_path))
-    whole = (tmp_path / "0.png").read_bytes()
-    for broken in (whole[:200], whole[:11] + b"\1" + whole[12:]):       # cut off; a chunk of a wrong length
-        (tmp_path / "4.png").write_bytes(broken)
-        with says("4.png", "no whole image"):
-            common.read_images(str(tmp_path))
-    (tmp_path / "empty").mkdir()
-    with says("found 0 .png and .jpg files"):
-        common.read_images(str(tmp_path / "empty"))
-    with says("nothing.npy: not there"):
-        common.read_images(str(tmp_path / "nothing.npy"))
+def test_a_folder_of_images_is_read(tmp_path):
+    pictures = noise(3, 20, 24, 3)
+    (tmp_path / "below" / "a").mkdir(parents=True)
+    for name, picture in zip(("2.png", "below/b.png", "below/a/c.png"), pictures):
+        Image.fromarray(picture).save(tmp_path / name)
+    assert np.array_equal(common.read_images(str(tmp_path)), pictures[[0, 2, 1]].transpose(0, 3, 1, 2))
+    Image.fromarray(pictures[0, :9]).save(tmp_path / "small.png")
+    for below, said in (("", r"4 images of sizes .*\(9, 24\), \(20, 24\)"), ("/below/a", "1 images")):
+        with pytest.raises(ValueError, match=f"{tmp_path}{below}: found {said}.*one size"):
+            common.read_images(f"{tmp_path}{below}")
 
 
-# ---- feature networks -------------------------------------------------------------------------------------
+@pytest.fixture
+def folder(tmp_path):
+    """Seven images of 60x50."""
+    (tmp_path / "set").mkdir()
+    for i in range(7):
+        Image.fromarray(noise(60, 50, 3, seed=i)).save(tmp_path / "set" / f"{i}.png")
+    return tmp_path / "set"
 
 
-def test_features_and_scores(tmp_path, monkeypatch):
-    cpu = torch.device("cpu")
-    images = torch.randint(256, (501, 3, 32, 32), generator=rng(), dtype=torch.uint8)
-    np.save(tmp_path / "samples.npy", images.numpy())
-    for kind in ("plain", "tuple"):
-        features = common.load_features(export(tmp_path / f"features-{kind}.pt2", kind), cpu)
-        assert features.name == kind
-        found, logits = common.extract(features, images, cpu)           # in parts, none of one image
-        assert torch.allclose(found, Features("plain")(images))
-        assert logits is None if kind == "plain" else torch.allclose(logits, found[:, :3])
-    judge = common.open_judge(str(tmp_path / "features-tuple.pt2"), str(tmp_path / "samples.npy"), cpu)
-    scored = judge.score(images, 400)
-    fit = common.gaussian_fit(found)
-    assert abs(scored["fd"]) < 1e-9 and scored["kid"] < 0
-    assert scored["fd_bootstrap"] == pytest.approx(common.bootstrap_frechet_distance(found[:400], fit)[0])
-    assert (scored["isc"], scored["isc_std"]) == common.inception_score(logits)
-    assert (scored["features"], scored["samples"]) == ("tuple", 501)
-    assert scored["reference"] == "samples, 501 images"
-    assert scored["bootstrap_samples"] == 400
-    assert "fd_bootstrap" not in judge.score(images, 502)
-    plain = str(tmp_path / "features-plain.pt2")
-    found = common.score_files(str(tmp_path / "samples.npy"), str(tmp_path / "samples.npy"), plain, "cpu")
-    assert found["fd"] == scored["fd"] and "isc" not in found
+def square(i):
+    return noise(60, 50, 3, seed=i)[5:55]
 
 
-def test_reference_statistics_are_computed_once(tmp_path, monkeypatch):
-    cpu, path = torch.device("cpu"), str(tmp_path / "set-test.npy")
-    images = torch.randint(256, (9, 3, 32, 32), generator=rng(), dtype=torch.uint8)
-    np.save(path, images.numpy())
-    features = common.load_features(export(tmp_path / "features-net.pt2"), cpu)
-    first = common.reference_statistics(path, features, cpu)
-    kept = [name for name in os.listdir(tmp_path) if name.endswith(".pt")]
-    digest = hashlib.sha256((tmp_path / "features-net.pt2").read_bytes()).hexdigest()[:8]
-    assert kept == [f"set-test-net-{digest}.pt"]
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "extract", None)
-        again = common.reference_statistics(path, features, cpu)
-    assert first.pop("name") == again.pop("name") == "set-test, 9 images"
-    assert first.pop("source") == again.pop("source")
-    assert first.keys() == again.keys() and all(torch.equal(first[key], again[key]) for key in first)
-    wrong = f"{tmp_path}/set-test-net-{digest}.pt"
-    torch.save({key: value[..., :4] for key, value in first.items()}, wrong)
-    with says(wrong, "found statistics of [4] features, expected 6", "delete it"):
-        common.reference_statistics(path, features, cpu)
-    with open(wrong, "wb") as file:
-        file.write(b"half")
-    with says(wrong, "no whole statistics", "delete it"):
-        common.reference_statistics(path, features, cpu)
-    os.remove(wrong)
-    for n, age in ((5, 1000), (4, 0)):                          # another file, older or newer
-        common.reference_statistics(path, features, cpu)
-        np.save(path, images[:n].numpy())
-        os.utime(path, (time.time() - age,) * 2)
-        assert len(common.reference_statistics(path, features, cpu)["features"]) == n
-    monkeypatch.setattr(common, "SCORE_PRECISION", "tf32")      # another precision
-    with monkeypatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(common, "extract", None)
-        common.reference_statistics(path, features, cpu)
-    for folder, n in (("a.train[1]", 3), ("a.test", 2)):        # folders whose names have a point
-        os.mkdir(tmp_path / folder)
-        for i in range(n):
-            common.save_grid(f"{tmp_path}/{folder}/{i}.png", images[i:i + 1], 1)
-        assert len(common.reference_statistics(f"{tmp_path}/{folder}/", features, cpu)["features"]) == n
-    with says("nothing: not there", "a folder"):
-        common.reference_statistics(f"{tmp_path}/nothing", features, cpu)
-    path = str(tmp_path / "closed" / "set.npy")
-    os.mkdir(tmp_path / "closed")
-    np.save(path, images.numpy())
-    monkeypatch.setattr(common, "replacing", closed)
-    assert torch.equal(common.reference_statistics(path, features, cpu)["mean"], first["mean"])
+def test_squares_against_pil(folder, tmp_path):
+    """The central square and no more of an image, by a triangle over two of the new pixels: no aliasing."""
+    images = common.load_folder(f"{tmp_path}/of-10.npy", str(folder), 10).numpy()
+    for i, image in enumerate(images.astype(int)):
+        wanted = np.asarray(Image.fromarray(square(i)).resize((10, 10), Image.Resampling.BILINEAR))
+        assert np.abs(image - wanted.transpose(2, 0, 1)).max() <= 2
+    images = common.load_folder(f"{tmp_path}/of-50.npy", str(folder), 50).numpy()
+    assert np.array_equal(images.transpose(0, 2, 3, 1), [square(i) for i in range(7)])
 
 
-def closed(path):
-    raise PermissionError(13, "Permission denied", path)
+def test_what_cannot_be_read_is_named_and_left_out(folder, tmp_path, capsys):
+    (folder / "2.png").write_bytes((folder / "1.png").read_bytes()[:5_000])
+    (folder / "4.png").write_bytes(b"no image"), (folder / "8.jpg").touch(), (folder / "notes.txt").touch()
+    Image.fromarray(noise(49, 80, 3)).save(folder / "7.png")
+    path = f"{tmp_path}/below/set.npy"
+    images = common.load_folder(path, str(folder), 50).numpy()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    wanted = [f"{folder}/{name}" for name in ("2.png", "4.png", "7.png", "8.jpg")]
+    assert [line.split(":")[0] for line in lines] == wanted and "80x49, expected 50x50" in lines[2]
+    assert np.array_equal(images.transpose(0, 2, 3, 1), [square(i) for i in (0, 1, 3, 5, 6)])
+    assert np.array_equal(np.load(path), images) and os.path.getsize(path) == 128 + images.nbytes
+    assert os.listdir(tmp_path / "below") == ["set.npy"]
 
 
-def test_grey_images_are_scored(tmp_path):
-    grey = torch.randint(256, (9, 1, 32, 32), generator=rng(), dtype=torch.uint8)
-    features = export(tmp_path / "net.pt2")
-    for name, channels in (("grey", 1), ("two", 2), ("rgb", 3)):
-        np.save(tmp_path / f"{name}.npy", grey.expand(-1, channels, -1, -1).numpy())
-    a, b = (common.score_files(f"{tmp_path}/{name}.npy", f"{tmp_path}/rgb.npy", features, "cpu")
-            for name in ("grey", "rgb"))
-    assert a == b and abs(a["fd"]) < 1e-12
-    with says("two.npy", "found [9, 2, 32, 32]", "[N, 1, H, W]"):
-        common.read_images(f"{tmp_path}/two.npy")
-    np.save(tmp_path / "small.npy", grey[..., :28].numpy())
-    with says("net.pt2: fails on uint8 [9, 3, 32, 28]", "[N, D]"):
-        common.score_files(f"{tmp_path}/small.npy", f"{tmp_path}/rgb.npy", features, "cpu")
+def test_order_split_and_a_second_call(folder, tmp_path):
+    """Several batches of the loader, in the order of the files; the second call maps and needs no folder."""
+    for i in range(19):
+        (folder / f"c{i:02}").mkdir()
+        for j in range(30):
+            Image.new("RGB", (4, 4), (i, j, 7)).save(folder / f"c{i:02}" / f"{j:02}.png")
+    path, seen = f"{tmp_path}/set.npy", []
+    images = common.load_folder(path, str(folder), 4, lambda files: seen.extend(files) or
+                                [file for file in files if "/c" in file and not file.endswith("/05.png")])
+    assert seen == sorted(seen) and len(seen) == 7 + 19 * 30
+    assert images[:, :, 3, 3].tolist() == [[i, j, 7] for i in range(19) for j in range(30) if j != 5]
+    shutil.rmtree(folder)
+    again = common.load_folder(path, str(folder), 4)
+    np.load(path, mmap_mode="r+")[3] += 1
+    assert torch.equal(again, images) and again[3, 0, 0, 0] == 1
 
 
-def test_only_the_published_weights_are_called_fid(tmp_path, monkeypatch):
-    path = str(tmp_path / "pt_inception-2015-12-05-6726825d.pth")
-    weights = inception_weights()
-    torch.save({key: value for key, value in weights.items() if "num_batches" not in key}, path)
-    features = common.load_features(path, torch.device("cpu"))
-    assert features.name != common.FID_NAME and features.width == 2048
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "FID_KEY", features.key)
-        assert common.load_features(path, torch.device("cpu")).name == common.FID_NAME
-    weights.pop("Mixed_7c.branch_pool.conv.weight")
-    torch.save(weights, path)
-    with says(path, "cannot be loaded", "Inception"):
-        common.load_features(path, torch.device("cpu"))
+def test_a_build_that_fails_leaves_no_array(folder, tmp_path, monkeypatch):
+    path, iterate = f"{tmp_path}/set.npy", torch.utils.data.DataLoader.__iter__
 
+    def interrupted(self):
+        yield next(iterate(self))
+        raise failure
 
-def test_fid_inception_that_cannot_be_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: closed("there"))
-    wanted = "fid_weights/pt_inception-2015.*cannot be fetched.*put it there: .*checkpoints/pt_inception.*pth"
-    with pytest.raises(OSError, match=wanted):
-        common.load_features(None, torch.device("cpu"))
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / os.path.basename(common.INCEPTION)).write_bytes(b"half")
-    with pytest.raises(OSError, match="checkpoints/pt_inception.*cannot be loaded.*delete it"):
-        common.load_features(None, torch.device("cpu"))
-
-
-def test_files_that_are_no_feature_network(tmp_path):
-    cpu = torch.device("cpu")
-    with says("rank.pt2", "[2, 6, 1, 1]", "[N, D]"):
-        common.load_features(export(tmp_path / "rank.pt2", "image"), cpu)
-    with says("nan.pt2", "not finite"):
-        common.load_features(export(tmp_path / "nan.pt2", "nan"), cpu)
-    with says("two.pt2", "fails on uint8 [3, 3, 32, 32]"):
-        common.load_features(export(tmp_path / "two.pt2", "plain", dynamic=False), cpu)
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "weights.pt2")
-    (tmp_path / "text.pt2").write_text("no archive")
-    with says("dict.pt2", "found features", "[N, D]"):
-        common.load_features(export(tmp_path / "dict.pt2", "dict"), cpu)
-    for name in ("weights.pt2", "text.pt2", "missing.pt2"):
-        with says(name, "cannot be loaded", "torch.export file"):
-            common.load_features(str(tmp_path / name), cpu)
-
-
-def test_scores_leave_the_precision_of_networks_alone(tmp_path):
-    common.setup("cpu")
-    common.load_features(export(tmp_path / "net.pt2"), torch.device("cpu"))
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
-def test_grid(tmp_path):
-    images = torch.randint(256, (5, 3, 4, 4), generator=rng(), dtype=torch.uint8)
-    common.save_grid(f"{tmp_path}/grid.png", images, columns=3)
-    (tmp_path / "copy.png").write_bytes((tmp_path / "grid.png").read_bytes())
-    grid = common.read_images(str(tmp_path))[0]
-    assert grid.shape == (3, 2 * 5 + 1, 3 * 5 + 1) and torch.equal(grid[:, 6:10, 6:10], images[4])
-    assert sorted(os.listdir(tmp_path)) == ["copy.png", "grid.png"]
+    for failure in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        with monkeypatch.context() as patch, pytest.raises(type(failure)) as error:
+            patch.setattr(torch.utils.data.DataLoader, "__iter__", interrupted)
+            common.load_folder(path, str(folder), 25)
+        assert os.listdir(tmp_path) == ["set"]
+    assert path in str(error.value)
+    for split, side, n in ((lambda files: files[:1], 25, 1), (lambda files: [], 25, 0), (None, 64, 0)):
+        with pytest.raises(ValueError, match=f"{folder}: found {n} images .*{path}.*--data"):
+            common.load_folder(path, str(folder), side, split)
+    assert os.listdir(tmp_path) == ["set"]
+    with open(f"{path}.tmp", "wb") as file:                     # as a kill leaves it
+        np.save(file, noise(9, 3, 25, 25))
+    images = common.load_folder(path, str(folder), 25)
+    assert len(images) == 7 and sorted(os.listdir(tmp_path)) == ["set", "set.npy"]

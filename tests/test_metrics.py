@@ -1,103 +1,194 @@
-"""Scores against independent oracles: FID's network, the Inception score, the three-sample test."""
+"""Scores against independent oracles, feature networks, references that are kept."""
 import math
+import os
+import time
 
 import numpy as np
 import pytest
 import torch
+import torchvision
+from torch import nn
 from torch.nn import functional as F
 
+import cifar
 import common
-from conftest import inception_weights
+from conftest import Features, export, inception_weights, says
+
+CPU = torch.device("cpu")
 
 
-def pool(x, kind):
-    """3x3 windows of stride 1 on [N, C, H, W], the mean or the largest of the pixels that are there."""
-    H, W = x.shape[-2:]
-    out = torch.empty_like(x)
-    for i in range(H):
-        for j in range(W):
-            window = x[..., max(i - 1, 0):i + 2, max(j - 1, 0):j + 2].flatten(2)
-            out[..., i, j] = window.mean(-1) if kind == "mean" else window.amax(-1)
-    return out
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def pictures(n, channels=3, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (n, channels, 32, 32), dtype=torch.uint8, generator=rng)
+
+
+# ---- FID's network ----------------------------------------------------------------------------------------
 
 
 def by_hand(state, images):
-    """The network's features from its weights alone: every block as the paper draws it, pools as above."""
+    """The network's features from its weights alone: every block as the paper draws it."""
     def conv(name, x, stride=1, padding=0):
         x = F.conv2d(x, state[f"{name}.conv.weight"], None, stride, padding)
         return F.relu(F.batch_norm(x, state[f"{name}.bn.running_mean"], state[f"{name}.bn.running_var"],
                                    state[f"{name}.bn.weight"], state[f"{name}.bn.bias"], False, 0, 1e-3))
 
-    def same(name, x):          # padded so that the size stays
-        height, width = state[f"{name}.conv.weight"].shape[-2:]
-        return conv(name, x, 1, (height // 2, width // 2))
-
-    def chain(block, x, *names):
-        for name in names:
-            x = same(f"{block}.{name}", x)
+    def chain(block, x, *names):            # each padded so that the size stays
+        for name in (f"{block}.branch{name}" for name in names):
+            height, width = state[f"{name}.conv.weight"].shape[-2:]
+            x = conv(name, x, 1, (height // 2, width // 2))
         return x
 
-    def a(block, x):
-        return torch.cat([chain(block, x, "branch1x1"), chain(block, x, "branch5x5_1", "branch5x5_2"),
-                          chain(block, x, "branch3x3dbl_1", "branch3x3dbl_2", "branch3x3dbl_3"),
-                          chain(block, pool(x, "mean"), "branch_pool")], 1)
+    def mean(x):                            # of the pixels that are there
+        return F.avg_pool2d(x, 3, 1, 1) / F.avg_pool2d(torch.ones_like(x), 3, 1, 1)
 
-    def c(block, x):
-        return torch.cat([chain(block, x, "branch1x1"),
-                          chain(block, x, *(f"branch7x7_{i}" for i in (1, 2, 3))),
-                          chain(block, x, *(f"branch7x7dbl_{i}" for i in range(1, 6))),
-                          chain(block, pool(x, "mean"), "branch_pool")], 1)
+    def mixed(block, x, pooled, *branches):
+        branches = [chain(block, x, *names.split()) for names in branches]
+        return torch.cat([*branches, chain(block, pooled, "_pool")], 1)
 
-    def e(block, x, kind):
-        wide, double = chain(block, x, "branch3x3_1"), chain(block, x, "branch3x3dbl_1", "branch3x3dbl_2")
-        return torch.cat([chain(block, x, "branch1x1"), chain(block, wide, "branch3x3_2a"),
-                          chain(block, wide, "branch3x3_2b"), chain(block, double, "branch3x3dbl_3a"),
-                          chain(block, double, "branch3x3dbl_3b"),
-                          chain(block, pool(x, kind), "branch_pool")], 1)
-
-    x = torch.empty(*images.shape[:2], 299, 299)
-    for i in range(299):                                                # TensorFlow 1's bilinear resize
-        for j in range(299):
-            (y_0, t), (x_0, s) = divmod(i * images.shape[2] / 299, 1), divmod(j * images.shape[3] / 299, 1)
-            y_0, x_0 = int(y_0), int(x_0)
-            y_1, x_1 = min(y_0 + 1, images.shape[2] - 1), min(x_0 + 1, images.shape[3] - 1)
-            x[..., i, j] = ((1 - t) * ((1 - s) * images[..., y_0, x_0] + s * images[..., y_0, x_1])
-                            + t * ((1 - s) * images[..., y_1, x_0] + s * images[..., y_1, x_1]))
-    x = (x - 128) / 128
-    x = same("Conv2d_2b_3x3", conv("Conv2d_2a_3x3", conv("Conv2d_1a_3x3", x, 2)))
-    x = conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", F.max_pool2d(x, 3, 2)))
-    x = F.max_pool2d(x, 3, 2)
+    for axis in (2, 3):                     # TensorFlow 1's bilinear resize
+        n = np.arange(images.shape[axis])
+        images = np.apply_along_axis(lambda v: np.interp(np.arange(299) * len(n) / 299, n, v), axis, images)
+    x = conv("Conv2d_1a_3x3", (torch.from_numpy(images).float() - 128) / 128, 2)
+    x = F.max_pool2d(conv("Conv2d_2b_3x3", conv("Conv2d_2a_3x3", x), 1, 1), 3, 2)
+    x = F.max_pool2d(conv("Conv2d_4a_3x3", conv("Conv2d_3b_1x1", x)), 3, 2)
     for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-        x = a(block, x)
-    block = "Mixed_6a"
-    x = torch.cat([conv(f"{block}.branch3x3", x, 2),
-                   conv(f"{block}.branch3x3dbl_3", chain(block, x, "branch3x3dbl_1", "branch3x3dbl_2"), 2),
+        x = mixed(block, x, mean(x), "1x1", "5x5_1 5x5_2", "3x3dbl_1 3x3dbl_2 3x3dbl_3")
+    double = chain("Mixed_6a", x, "3x3dbl_1", "3x3dbl_2")
+    x = torch.cat([conv("Mixed_6a.branch3x3", x, 2), conv("Mixed_6a.branch3x3dbl_3", double, 2),
                    F.max_pool2d(x, 3, 2)], 1)
     for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-        x = c(block, x)
-    block = "Mixed_7a"
-    wide = chain(block, x, "branch7x7x3_1", "branch7x7x3_2", "branch7x7x3_3")
-    x = torch.cat([conv(f"{block}.branch3x3_2", chain(block, x, "branch3x3_1"), 2),
-                   conv(f"{block}.branch7x7x3_4", wide, 2),
+        x = mixed(block, x, mean(x), "1x1", "7x7_1 7x7_2 7x7_3",
+                  "7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5")
+    first, wide = chain("Mixed_7a", x, "3x3_1"), chain("Mixed_7a", x, "7x7x3_1", "7x7x3_2", "7x7x3_3")
+    x = torch.cat([conv("Mixed_7a.branch3x3_2", first, 2), conv("Mixed_7a.branch7x7x3_4", wide, 2),
                    F.max_pool2d(x, 3, 2)], 1)
-    return e("Mixed_7c", e("Mixed_7b", x, "mean"), "max").mean((2, 3))
+    for block, pool in (("Mixed_7b", mean), ("Mixed_7c", lambda x: F.max_pool2d(x, 3, 1, 1))):
+        x = mixed(block, x, pool(x), "1x1", "3x3_1 3x3_2a", "3x3_1 3x3_2b", "3x3dbl_1 3x3dbl_2 3x3dbl_3a",
+                  "3x3dbl_1 3x3dbl_2 3x3dbl_3b")
+    return x.mean((2, 3))
 
 
-def test_fid_inception_is_the_references():
-    state_dict = inception_weights()
-    assert len(state_dict) == 566 and sum(t.numel() for t in state_dict.values() if t.ndim) == 23_885_392
-    images = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features, logits = common.FidInception(state_dict)(images)
-    expected = by_hand(state_dict, images.float())
+def test_fid_inception_is_the_references(tmp_path, monkeypatch, capsys):
+    """And it is called FID's only if its file is the published one; where that cannot be fetched, None."""
+    weights, images, path = inception_weights(), pictures(2), str(tmp_path / "net.pth")
+    assert len(weights) == 566 and sum(t.numel() for t in weights.values() if t.ndim) == 23_885_392
+    torch.save(weights, path)
+    network = common.load_features(path, CPU)
+    assert network.name == "net"
+    features, logits = network(images)
+    expected = by_hand(weights, images.numpy())
     assert features.shape == (2, 2048) and logits.shape == (2, 1008)
     assert float((features - expected).abs().max()) < 1e-5 * float(expected.abs().max())
-    assert torch.allclose(logits, expected @ state_dict["fc.weight"].T, rtol=1e-3, atol=1e-3)   # without bias
+    assert torch.allclose(logits, expected @ weights["fc.weight"].T, rtol=1e-3, atol=1e-3)   # without bias
+    monkeypatch.setattr(common, "FID_KEY", network.key)
+    assert common.load_features(path, CPU).name == "inception-2015-12-05"
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    assert common.load_features(None, CPU) is None
+    assert "no route to host" in (said := capsys.readouterr().out) and "--features FILE" in said
+    with pytest.raises(OSError, match="no feature network"):
+        common.score_files(path, path)
 
 
-def test_tf_resize_of_two_by_two():
-    x = torch.tensor([[0.0, 4.0], [8.0, 12.0]])
-    assert common.tf_resize(x, 4).tolist() == [[0, 2, 4, 4], [4, 6, 8, 8], [8, 10, 12, 12], [8, 10, 12, 12]]
-    assert torch.equal(common.tf_resize(x, 2), x) and common.tf_resize(x, 1).tolist() == [[0]]
+# ---- feature networks, references, scores -----------------------------------------------------------------
+
+
+def test_feature_networks_that_fail(tmp_path):
+    images = pictures(35)
+    images[:, 0, 0, 0], images[23, 0, 0, 0] = 1, 0          # of the third of four parts
+    with pytest.raises(common.RunError, match="net: features of image 23 are not finite"):
+        common.Features(lambda x: torch.where(x[:, 0, :1, 0] == 0, torch.nan, 1.0), "net", "key", CPU)(images)
+    for wrong in (lambda x: x.float(), lambda x: x[:1, :, 0, 0], lambda x: {"a": x}, lambda x: x[:, 3]):
+        with pytest.raises(common.RunError, match=r"net fails on uint8 \[35, 3, 32, 32\]"):
+            common.Features(wrong, "net", "key", CPU)(images)
+    for name in ("net.pt2", "net.pth"):
+        (tmp_path / name).write_bytes(b"half")
+        with says(name, "cannot be loaded", ".pth", ".pt2"):
+            common.load_features(str(tmp_path / name), CPU)
+
+
+@pytest.mark.parametrize("kind", ["plain", "tuple"])
+def test_scores(kind, tmp_path):
+    """Of 23 images, whose features come in three parts; of files the same, and of one channel as of three."""
+    y, x = pictures(23, seed=1), pictures(30, 1).expand(-1, 3, -1, -1)
+    for name, images in (("y", y), ("x", x), ("grey", x[:, :1])):
+        np.save(tmp_path / f"{name}.npy", images.numpy())
+    path = export(tmp_path / f"features-{kind}.pt2", kind)
+    network = common.load_features(path, CPU)
+    (f_y, logits), f_x = network(y), Features("plain")(x)
+    assert torch.allclose(f_y, Features("plain")(y)) and (logits is None) == (kind == "plain")
+    fit = common.gaussian_fit(f_x)
+    pairs = dict(kid=common.kid(f_y, f_x), fd_bootstrap=common.bootstrap_frechet_distance(f_y[:20], fit, 3))
+    pairs |= dict(isc=common.inception_score(logits)) if kind == "tuple" else {}
+    expected = {key: v for name, pair in pairs.items() for key, v in zip((name, f"{name}_std"), pair)}
+    expected |= dict(fd=common.frechet_distance(common.gaussian_fit(f_y), fit), samples=23)
+    reference = common.load_reference(f"{tmp_path}/x.npy", network)
+    found = common.scores(network, y, reference, 20, 3)
+    assert (found.pop("features"), found.pop("reference")) == (kind, "x, 30 images")
+    assert found.pop("kid_std") is expected.pop("kid_std") is None
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert not {"fd_bootstrap", "fd_bootstrap_std"} & common.scores(network, y, reference, 24).keys()
+    for name in ("x", "grey"):
+        of_files = common.score_files(f"{tmp_path}/y.npy", f"{tmp_path}/{name}.npy", path, "cpu")
+        assert (of_files["fd"], of_files["kid"]) == (found["fd"], found["kid"])
+        assert of_files["reference"] == f"{name}, 30 images"
+
+
+def test_a_reference_is_kept_while_its_files_stay(tmp_path, monkeypatch):
+    path, calls, images = str(tmp_path / "set.npy"), [], pictures(9)
+    network = common.Features(lambda x: calls.append(len(x)) or Features("plain")(x), "net", "key", CPU)
+
+    def computed(path, *side):
+        calls.clear()
+        found = common.load_reference(path, network, *side)
+        return sum(calls), found["features"]
+
+    for age in (1000, 0):                       # another file of the same size, older or newer
+        np.save(path, images.numpy())
+        os.utime(path, (time.time() - age,) * 2)
+        for n in (9, 0):
+            assert computed(path)[0] == n and torch.equal(computed(path)[1], Features("plain")(images))
+        images = 255 - images
+    assert torch.equal(computed(path, 16)[1], Features("plain")(common.crop_images(255 - images, 16)))
+    (tmp_path / "set-net-key.pt").write_bytes(b"half")
+    assert computed(path)[0] == 9 and computed(path)[0] == computed(path, 16)[0] == 0
+    monkeypatch.setattr(common, "SCORE_PRECISION", "tf32")
+    assert computed(path)[0] == 9
+    os.mkdir(tmp_path / "a.folder")
+    for n in (2, 3):                            # a folder with one more image
+        for i in range(n):
+            common.save_grid(f"{tmp_path}/a.folder/{i}.png", images[i:i + 1], 1)
+        assert computed(f"{tmp_path}/a.folder/")[0] == n and computed(f"{tmp_path}/a.folder/")[0] == 0
+    monkeypatch.setattr(os, "replace", lambda *paths: exec("raise PermissionError(13, 'no')"))
+    os.utime(path, (0, 0))
+    assert computed(path)[0] == computed(path)[0] == 9          # where nothing can be kept
+
+
+# ---- scores -----------------------------------------------------------------------------------------------
+
+
+def test_kid_equals_a_double_loop():
+    x, y = noise(6, 4), noise(9, 4, seed=1) + 0.5
+
+    def u_statistic(u, v):
+        k, n = [[(float(s @ t) / 4 + 1) ** 3 for s in (*u, *v)] for t in (*u, *v)], len(u)
+        sums = [sum(k[i][j] for i in range(2 * n) for j in range(2 * n) if i != j and (i < n) + (j < n) == m)
+                for m in (0, 1, 2)]
+        return (sums[0] + sums[2]) / (n * (n - 1)) - sums[1] / n ** 2
+
+    mean, std = common.kid(x, y[:6], subsets=3)             # each subset is all of both sets: no std
+    assert mean == pytest.approx(u_statistic(x, y[:6]), rel=1e-12) and std is None
+    assert common.kid(x, y)[1] is None and common.kid(x, x, subsets=2)[0] < 0       # unbiased
+    rng = torch.Generator().manual_seed(0)
+    draws = [[s[torch.randperm(len(s), generator=rng)[:4]] for s in (x, y)] for _ in range(5)]
+    expected = [u_statistic(*draw) for draw in draws]
+    assert common.kid(x, y, 5, 4) == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-9)
 
 
 def test_inception_score():
@@ -106,145 +197,74 @@ def test_inception_score():
     assert common.inception_score(logits, splits=1) == (pytest.approx(8), 0)
     assert common.inception_score(torch.zeros(50, 8)) == (pytest.approx(1), pytest.approx(0, abs=1e-12))
     assert common.inception_score(logits[:1].repeat(40, 1))[0] == pytest.approx(1)
-    logits = torch.randn(90, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    order = torch.randperm(90, generator=torch.Generator().manual_seed(3)).numpy()
-    values = []
-    for part in np.split(logits.softmax(1).numpy()[order], 9):
-        values.append(math.exp((part * np.log(part / part.mean(0))).sum(1).mean()))
+    logits, order = noise(90, 5), torch.randperm(90, generator=torch.Generator().manual_seed(3)).numpy()
+    values = [math.exp((part * np.log(part / part.mean(0))).sum(1).mean())
+              for part in np.split(logits.softmax(1).numpy()[order], 9)]
     assert common.inception_score(logits, 9, 3) == pytest.approx((np.mean(values), np.std(values)), rel=1e-10)
 
 
-# ---- biased distances -------------------------------------------------------------------------------------
-
-
-def test_frechet_distance_can_order_two_normals_wrongly():
-    """Binkowski et al. 2018, D.1: FID(P1, Q) > FID(P2, Q) = 0, and the estimates the other way round."""
-    m, rng = 4, torch.Generator().manual_seed(0)
-    q = torch.zeros(1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    p_1 = torch.zeros(1, dtype=torch.float64), torch.full((1, 1), (m - 1) / m, dtype=torch.float64)
-    assert common.frechet_distance(p_1, q) == pytest.approx(1 / m ** 2) and common.frechet_distance(q, q) == 0
-    d_m = math.sqrt(2 / (m - 1)) * math.gamma(m / 2) / math.gamma((m - 1) / 2)
-    expected = (1 / m ** 2 - 1 / m + 2 * (d_m - 1)) / m
-    differences = []
-    for y in torch.randn(8_000, m, 1, generator=rng, dtype=torch.float64):
-        one, two = (common.frechet_distance(common.gaussian_fit(s * y), q) for s in ((m - 1) / m, 1))
-        differences.append(one - two)
-    error = np.std(differences) / 8_000 ** 0.5
-    assert np.mean(differences) == pytest.approx(expected, abs=3 * error) and expected < 0
-
-
-def test_wasserstein_estimates_are_biased():
-    """Binkowski et al. 2018, B.4: W(N(1, 1), N(0, 1)) = 1. A critic t or -t that one pair has chosen
-    overrates itself on that pair, and is worth 1 - 2 Phi(-1 / sqrt(2)) = 0.52 on another."""
-    normal = torch.randn(4, 40_000, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    x, y, x_new, y_new = normal[0] + 1, normal[1], normal[2] + 1, normal[3]
-    sign = common.wasserstein(x, y).sign()[:, None, None]
-    expected = 1 - math.erfc(0.5)
-    biased = 2 * math.exp(-0.25) / math.sqrt(math.pi) + math.erf(0.5)      # E |N(1, 2)| = 1.399
-    assert float(common.wasserstein(sign * x, sign * y).mean()) == pytest.approx(biased, abs=0.02)
-    assert float(common.wasserstein(sign * x_new, sign * y_new).mean()) == pytest.approx(expected, abs=0.03)
-    assert expected == pytest.approx(0.52, abs=0.001)
-
-
 def test_censored_normal_against_samples():
-    rng = torch.Generator().manual_seed(0)
-    A = torch.randn(3, 3, generator=rng, dtype=torch.float64)
-    mean, covariance = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64), A @ A.T + 0.1 * torch.eye(3)
-    noise = torch.randn(1_000_000, 3, generator=rng, dtype=torch.float64)
-    x = noise @ torch.linalg.cholesky(covariance).T + mean
-    found, root = common.censored_fit(mean, covariance)
+    """And each coordinate alone by quadrature, and the half of a normal."""
+    A, mean = noise(3, 3), torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64)
+    covariance = A @ A.T + 0.1 * torch.eye(3)
+    x = noise(1_000_000, 3, seed=1) @ torch.linalg.cholesky(covariance).T + mean
+    found, root = cifar.censored_fit(mean, covariance)
     s = covariance.diagonal().sqrt()
-    grid = torch.linspace(0, 12, 200_001, dtype=torch.float64)[:, None] * s     # each alone, by quadrature
-    density = torch.exp(-((grid - mean) / s).square() / 2) / (s * math.sqrt(2 * math.pi))
-    first, second = (torch.trapezoid(grid ** k * density / s, dx=12 / 200_000, dim=0) * s * s for k in (1, 2))
-    assert torch.allclose(found, first, rtol=1e-8) and torch.allclose(
-        (root.T @ root).diagonal(), second - first.square(), rtol=1e-8)
-    assert torch.allclose(found, x.relu().mean(0), atol=0.01)
+    grid = torch.linspace(0, 12, 200_001, dtype=torch.float64)[:, None] * s
+    density = torch.exp(-((grid - mean) / s).square() / 2) / math.sqrt(2 * math.pi)
+    first, second = (torch.trapezoid(grid ** k * density, dx=12 / 200_000, dim=0) for k in (1, 2))
+    assert torch.allclose(found, first, rtol=1e-8) and torch.allclose(found, x.relu().mean(0), atol=0.01)
+    assert torch.allclose((root.T @ root).diagonal(), second - first.square(), rtol=1e-8)
     assert torch.allclose(root.T @ root, x.relu().T.cov(), atol=0.02)
-    one = common.censored_fit(torch.zeros(1).double(), torch.ones(1, 1).double())       # the half of a normal
-    assert float(one[0]) == pytest.approx((2 * math.pi) ** -0.5)
-    assert float(one[1] ** 2) == pytest.approx(0.5 - 0.5 / math.pi)
+    one = cifar.censored_fit(torch.zeros(1).double(), torch.ones(1, 1).double())
+    assert (float(one[0]), float(one[1] ** 2)) == pytest.approx(((2 * math.pi) ** -0.5, 0.5 - 0.5 / math.pi))
 
 
-def test_bootstrap_is_biased_upward():
-    x = torch.randn(300, 5, generator=torch.Generator().manual_seed(0))
-    fit = common.gaussian_fit(torch.randn(300, 5, generator=torch.Generator().manual_seed(1)))
-    plain = common.frechet_distance(common.gaussian_fit(x), fit)
-    mean, std = common.bootstrap_frechet_distance(x, fit, resamplings=20)
-    assert mean > plain + 3 * std / 20 ** 0.5 and std > 0
-    assert common.bootstrap_frechet_distance(x, fit, resamplings=20) == (mean, std)
-    rng = torch.Generator().manual_seed(0)
-    drawn = [common.frechet_distance(common.gaussian_fit(x[torch.randint(300, (300,), generator=rng)]), fit)
-             for _ in range(20)]
-    assert mean == pytest.approx(np.mean(drawn)) and std == pytest.approx(np.std(drawn))
-
-
-def test_fits_of_many_parts_and_shifts():
-    """Features in parts of 4,096, far from 0: the covariance keeps its digits."""
-    x = torch.randn(9_000, 4, generator=torch.Generator().manual_seed(0)).double() * 0.1 + 1_000
+def test_fits_of_many_parts_and_of_resampled_features():
+    """In parts of 4,096, far from 0, covariances keep their digits; draws with replacement are biased up."""
+    x = noise(9_000, 4) * 0.1 + 1_000
     mean, root = common.gaussian_fit(x)
     assert torch.allclose(mean, x.mean(0), rtol=1e-14, atol=0)
     assert torch.allclose(root.T @ root, x.T.cov(), rtol=1e-9, atol=1e-12)
-
-
-# ---- disturbances -----------------------------------------------------------------------------------------
+    x, fit, rng = noise(300, 5), common.gaussian_fit(noise(300, 5, seed=1)), torch.Generator().manual_seed(0)
+    drawn = [common.frechet_distance(common.gaussian_fit(x[torch.randint(300, (300,), generator=rng)]), fit)
+             for _ in range(20)]
+    mean, std = common.bootstrap_frechet_distance(x, fit, resamplings=20)
+    assert mean == pytest.approx(np.mean(drawn)) and std == pytest.approx(np.std(drawn))
+    assert mean > common.frechet_distance(common.gaussian_fit(x), fit) + 3 * std / 20 ** 0.5
 
 
 def test_disturbances():
-    rng = torch.Generator().manual_seed(0)
-    images, others = (torch.randint(256, (20, 3, 32, 32), generator=rng, dtype=torch.uint8) for _ in range(2))
-    found = {}
-    for kind, levels in common.DISTURBANCES.items():
-        for alpha in levels:
-            y = common.disturb(images, kind, alpha, torch.Generator().manual_seed(1), others)
-            found[kind, alpha] = y
-            assert y.shape == images.shape and y.dtype == torch.uint8
-            assert torch.equal(y, images) == (alpha == 0), (kind, alpha)
+    rng, images, others = torch.Generator().manual_seed(0), pictures(20), pictures(20, seed=1)
+    found = {(kind, alpha): cifar.disturb(images, kind, alpha, torch.Generator().manual_seed(1), others)
+             for kind, levels in cifar.DISTURBANCES.items() for alpha in levels}
+    for (kind, alpha), y in found.items():
+        assert y.shape == images.shape and y.dtype == torch.uint8
+        assert torch.equal(y, images) == (alpha == 0), (kind, alpha)
     salted = found["salt and pepper", 0.3]
-    changed = (salted != images).any(1, keepdim=True)
+    changed = (salted != images).any(1, keepdim=True).expand_as(images)
     assert float(changed.float().mean()) == pytest.approx(0.3, abs=0.02)
-    assert set(salted[changed.expand_as(images)].tolist()) == {0, 255}
-    assert float((salted == 255)[changed.expand_as(images)].float().mean()) == pytest.approx(0.5, abs=0.03)
-    black = (found["black rectangles", 0.25] == 0).all(1)
-    assert black.sum((1, 2)).max() <= 5 * 64 and black.sum((1, 2)).min() >= 64      # five of 8 x 8
-    assert float(black.sum((1, 2)).float().mean()) == pytest.approx(280, abs=15)    # less what they share
+    assert set(salted[changed].tolist()) == {0, 255}
+    assert float((salted == 255)[changed].float().mean()) == pytest.approx(0.5, abs=0.03)
+    black = (found["black rectangles", 0.25] == 0).all(1).sum((1, 2)).float()
+    assert black.max() <= 5 * 64 and black.min() >= 64 and float(black.mean()) == pytest.approx(280, abs=15)
     assert (found["contamination", 0.25] != images).flatten(1).any(1).sum() == 5
     assert (found["contamination", 1][:, None] == others).flatten(2).all(2).any(1).all()
-    grey = torch.full((2, 3, 33, 33), 9, dtype=torch.uint8)
-    assert torch.equal(common.disturb(grey, "swirl", 4, rng, others), grey)
-    grey[:, :, 16, 16] = 200                                                        # the centre stays
-    swirled = common.disturb(grey, "swirl", 4, rng, others)
-    assert (swirled[:, :, 16, 16] == 200).all() and (swirled[:, :, 0, 0] == 9).all()
     ramp = (7 * torch.arange(33)).byte().expand(1, 3, 33, 33)       # 8 below the centre, at its turned column
+    turned = cifar.disturb(ramp, "swirl", 4, rng, others)
     angle = math.pi / 2 + 4 * math.exp(-8 * 5 / (math.log(2) * 25))
-    turned = common.disturb(ramp, "swirl", 4, rng, others)[..., 24, 16]
-    assert turned.float().mean() == pytest.approx(7 * (16 + 8 * math.cos(angle)), abs=0.51)
-    noise = common.disturb(images, "Gaussian noise", 0.75, rng, others).float()
-    assert float(noise.mean()) == pytest.approx(127.5, abs=8)
-    noise = common.disturb(0 * images, "Gaussian noise", 0.75, rng, others).float()
-    assert noise.min() == 0 and noise.max() == round(0.75 * 255)        # its extremes are black and white
-    assert float(noise.std()) == pytest.approx(0.75 * 255 / 2 / 4.4, rel=0.1)   # which are at 4.4 std here
-    with pytest.raises(ValueError, match="found the disturbance 'rain'"):
-        common.disturb(images, "rain", 1, rng, others)
+    assert turned[0, 0, 24, 16].item() == pytest.approx(7 * (16 + 8 * math.cos(angle)), abs=0.51)
+    assert torch.equal(turned[..., 16, 16], ramp[..., 16, 16])
+    y = cifar.disturb(0 * images, "Gaussian noise", 0.75, rng, others).float()
+    assert y.min() == 0 and y.max() == round(0.75 * 255)        # the extremes, at 4.4 std
+    assert float(y.std()) == pytest.approx(0.75 * 255 / 2 / 4.4, rel=0.1)
 
 
 # ---- the three-sample test --------------------------------------------------------------------------------
 
 
-def trials(means, n=1_500, m=50):
-    """p-values, u_old, its variance and u_old - u_new of trials with y_old and y_new at means, x at 0."""
-    rng = torch.Generator().manual_seed(0)
-    found = []
-    for _ in range(n):
-        x, old, new = (torch.randn(m, 3, generator=rng, dtype=torch.float64) + mean for mean in (0, *means))
-        a, b = (common.similarity(common.cubic(x, y), common.cubic(y, y)) for y in (old, new))
-        found.append((common.relative_similarity(a, b), float(a[0]), float(a[1]), float(a[0] - b[0])))
-    return np.array(found).T
-
-
 def test_similarity_equals_double_loops():
-    rng = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 7, 3, generator=rng, dtype=torch.float64)
+    x, y = noise(2, 7, 3)
     K_xy, K_yy = common.cubic(x, y).numpy(), common.cubic(y, y).numpy()
     h = [[K_yy[i, j] - K_xy[i, j] - K_xy[j, i] for j in range(7)] for i in range(7)]
     pairs = [(i, j) for i in range(7) for j in range(7) if i != j]
@@ -258,66 +278,19 @@ def test_similarity_equals_double_loops():
 
 
 def test_relative_similarity_has_its_level_and_power():
-    p, u, variance, difference = trials((0.5, 0.5))         # of one law, which is not that of x
+    """p-values of trials with x at 0, y_old and y_new at two means: of one law; nearer; farther."""
+    def trials(*means, n=1_500, m=50):
+        rng, found = torch.Generator().manual_seed(0), []
+        for _ in range(n):
+            x, old, new = (torch.randn(m, 3, generator=rng).double() + mean for mean in (0, *means))
+            a, b = (common.similarity(common.cubic(x, y), common.cubic(y, y)) for y in (old, new))
+            found.append((common.relative_similarity(a, b), float(a[0]), float(a[1])))
+        return np.array(found).T
+
+    p, u, variance = trials(0.5, 0.5)
     assert 0.08 < (p < 0.1).mean() < 0.13 and 0.46 < p.mean() < 0.54
     assert np.mean(variance) == pytest.approx(np.var(u), rel=0.15)
-    assert (trials((0.5, 0.2))[0] < 0.1).mean() > 0.7       # the new one is nearer
-    assert (trials((0.2, 0.5))[0] < 0.1).mean() < 0.01      # farther
+    assert (trials(0.5, 0.2, n=300)[0] < 0.1).mean() > 0.7
+    assert (trials(0.2, 0.5, n=300)[0] < 0.1).mean() < 0.01
     same = common.similarity(*[common.cubic(*torch.ones(2, 9, 3, dtype=torch.float64))] * 2)
     assert common.relative_similarity(same, same) == 0.5    # no variance: nothing is known
-
-
-# ---- learning rates that adapt ----------------------------------------------------------------------------
-
-
-def adaptive(lr=0.4):
-    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
-    optimizers = [torch.optim.Adam([torch.zeros(1, requires_grad=True)], rate)
-                  for rate in (lr, torch.tensor(2.0))]
-    found = common.AdaptiveRate(optimizers, x, "key", window=4, patience=3, decay=0.5, level=0.1, floor=0.15)
-    return found, optimizers
-
-
-def sample(shift, seed):
-    return torch.randn(40, 3, generator=torch.Generator().manual_seed(seed)) + shift
-
-
-def test_rates_fall_after_three_failures_in_a_row():
-    rate, (first, second) = adaptive()
-    lr = second.param_groups[0]["lr"]
-    assert [rate.step(sample(3, seed)) for seed in range(4)] == [None] * 4      # no model to compare with yet
-    oldest = rate.models[0]
-    assert rate.step(sample(1, 4)) < 0.1 and rate.models[0] is not oldest       # a success moves the window
-    oldest = rate.models[0]
-    assert rate.step(sample(4, 5)) > 0.1 and rate.step(sample(4, 6)) > 0.1      # two failures: it stays
-    assert rate.models[0] is oldest and len(rate.models) == 4 and rate.failures == 2
-    assert rate.step(sample(1, 7)) < 0.1 and rate.failures == 0                 # a success: from 0 again
-    assert (first.param_groups[0]["lr"], float(lr)) == (0.4, 2)
-    models = rate.models
-    assert all(rate.step(sample(4, seed)) > 0.1 for seed in (8, 9, 10))
-    assert first.param_groups[0]["lr"] == 0.2 and second.param_groups[0]["lr"] is lr and float(lr) == 1
-    assert rate.failures == 0 and len(rate.models) == 3 and rate.models[0] is models[2]
-    assert rate.step(sample(4, 11)) is None                                     # the window fills again
-    assert all(rate.step(sample(4, seed)) is not None for seed in (12, 13, 14))
-    assert (first.param_groups[0]["lr"], float(lr)) == (0.15, 0.5)              # not below the floor
-
-
-def test_adaptive_rates_resume(tmp_path):
-    """Stopped after any evaluation and loaded, the p-values and rates are those of a run in one go."""
-    shifts = (3, 3, 3, 3, 1, 4, 4, 4, 4, 4, 4, 4)
-
-    def whole():
-        rate, optimizers = adaptive()
-        found = [rate.step(sample(shift, seed)) for seed, shift in enumerate(shifts)]
-        return found, optimizers[0].param_groups[0]["lr"]
-
-    for stop in (2, 6, 9):
-        rate, (optimizer, _) = adaptive()
-        found = [rate.step(sample(shift, seed)) for seed, shift in enumerate(shifts[:stop])]
-        state = dict(rate=rate, optimizer=optimizer)
-        common.save(str(tmp_path), stop, state, {})
-        assert (tmp_path / "checkpoint.pt").stat().st_size < 30_000             # row sums and no features
-        rate, (optimizer, other) = adaptive()
-        assert common.load(str(tmp_path), dict(rate=rate, optimizer=optimizer), {}) == stop
-        found += [rate.step(sample(shift, seed)) for seed, shift in enumerate(shifts) if seed >= stop]
-        assert (found, optimizer.param_groups[0]["lr"]) == whole()

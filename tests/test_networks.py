@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import celeba
 import cifar
@@ -44,13 +45,13 @@ def test_networks_of_the_other_papers():
     f = common.dcgan_critic(3, (16, 32, 64, 128), 16, kernel=5, norms=(None, None))
     assert f(x).shape == (2, 16)
     assert count(f) == 25 * (3 * 16 + 16 * 32 + 32 * 64 + 64 * 128) + 240 + (128 * 4 + 1) * 16
-    f = common.dcgan_critic(3, (128, 256, 512), 10, kernel=5, norms=(None, common.LayerNorm))
-    assert f(x).shape == (2, 10)
-    assert [type(layer).__name__ for layer in f][:6] == ["Conv2d", "LeakyReLU", "Conv2d", "LayerNorm",
-                                                         "LeakyReLU", "Conv2d"]
+    f = common.dcgan_critic(3, (128, 256, 512), 10, kernel=5, norms=(None, common.layer_norm))
+    kinds = [type(layer).__name__ for layer in f]
+    assert kinds[:6] == ["Conv2d", "LeakyReLU", "Conv2d", "GroupNorm", "LeakyReLU", "Conv2d"]
+    assert f(x).shape == (2, 10) and f[3].num_groups == 1         # over all of an image
     f = common.dcgan_critic(3, (64, 128, 256), 128, norms=(None, common.batch_norm))
     assert count(f) == 16 * (3 * 64 + 64 * 128 + 128 * 256) + 64 + 2 * (128 + 256) + 4097 * 128
-    g, f = common.sngan_generator(128, 3), common.sngan_critic(3, 1)
+    g, f = cifar.sngan_generator(128, 3, 64), cifar.sngan_critic(3, 1, 64)
     assert g(z).shape == x.shape and 0 <= g(z).min() and g(z).max() <= 1 and f(x).shape == (2, 1)
     assert sum(isinstance(layer, nn.Conv2d) for layer in f) == 7
     widths = (3, 64, 128, 128, 256, 256, 512, 512)
@@ -76,7 +77,7 @@ def test_odd_sizes_are_halved_and_rounded_up(size, times, sizes):
 def test_pooled_critic():
     """GRAM's Table 3: 28 to 14, 7 and 3 by convolution, batch norm, ReLU, the largest of 2x2."""
     torch.manual_seed(0)
-    f, x = common.pooled_critic(1, (4, 5, 6), 3), torch.rand(7, 1, 28, 28)
+    f, x = mnist.pooled_critic((4, 5, 6), 3), torch.rand(7, 1, 28, 28)
     w, h = list(f.parameters()), x
     for i in (0, 3, 6):
         h = nn.functional.conv2d(h, w[i], padding=1)
@@ -87,29 +88,7 @@ def test_pooled_critic():
     assert torch.allclose(f(x), h.flatten(1) @ w[9].T + w[10], atol=1e-5)
 
 
-def test_layer_norm_is_over_the_whole_image():
-    """Values, gradients, and a slope's gradients in the weights, in the layout of the critics."""
-    torch.manual_seed(0)
-    ours, layer, found = common.LayerNorm(6).double(), torch.nn.GroupNorm(1, 6).double(), []
-    for p in ours.parameters():
-        torch.nn.init.normal_(p)
-    layer.load_state_dict(ours.state_dict())
-    x = torch.randn(4, 6, 5, 3).double().to(memory_format=torch.channels_last).requires_grad_()
-    for norm in (ours, layer):
-        y = norm(x)
-        slope, = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
-        found.append([y, *torch.autograd.grad(slope.square().sum() + y.exp().sum(), [x, *norm.parameters()])])
-    assert found[0][0].is_contiguous(memory_format=torch.channels_last)
-    for a, b in zip(*found):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
-
-
-def test_one_channel():
-    assert common.dcgan_generator(16, (32, 16, 8), 1)(torch.rand(3, 16)).shape == (3, 1, 32, 32)
-    assert common.dcgan_critic(1, (8, 16, 32), 5)(torch.rand(3, 1, 32, 32)).shape == (3, 5)
-
-
-@pytest.mark.parametrize("norm", [None, common.batch_norm, common.LayerNorm])
+@pytest.mark.parametrize("norm", [None, common.batch_norm, common.layer_norm])
 def test_both_sets_in_one_pass_equal_either_alone(norm):
     """Values, gradients of the weights, and of the samples, with batch norms that see each set apart."""
     torch.manual_seed(0)
@@ -147,10 +126,8 @@ def test_convolution_and_its_gradients_equal_pytorch_s(kernel, stride, padding, 
 def test_batch_norm_has_no_memory():
     """Samples are the same before and after another batch, and in training and evaluation mode."""
     g, z = common.dcgan_generator(16, (32, 16, 8), 3), torch.randn(20, 16)
-    before = g(z)
-    g(torch.randn(50, 16) * 3)
+    before, _ = g(z), g(torch.randn(50, 16) * 3)
     assert torch.equal(g(z), before) and torch.equal(g.eval()(z), before)
-    assert not any("running" in name for name in g.state_dict())
 
 
 def test_initialisation():
@@ -186,34 +163,13 @@ def test_contrast():
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(40, 200, (30, 3, 8, 8), dtype=torch.uint8, generator=rng)
     images[:, 1] //= 2
-    contrast = common.Contrast(3).fit(images)
-    x = images.float() / 127.5 - 1
+    contrast, x = common.Contrast(images), images.float() / 255
     mean = x.mean((0, 2, 3), keepdim=True)
     assert torch.allclose(contrast.mean, mean[0], atol=1e-6)
-    assert float(contrast.std) == pytest.approx(float((x - mean).square().mean().sqrt()))
-    assert torch.allclose(contrast(x), x, atol=1e-5)
+    assert contrast.std == pytest.approx(float((x - mean).square().mean().sqrt()))
     b = torch.tensor([-0.3, 0.1, 0.2]).view(3, 1, 1)
-    assert torch.allclose(contrast(0.3 * x + b), x, atol=1e-5)
+    assert torch.allclose(contrast(x), x, atol=1e-5) and torch.allclose(contrast(0.3 * x + b), x, atol=1e-5)
     assert contrast(torch.zeros(4, 3, 8, 8)).isfinite().all()
-
-
-def test_what_a_critic_cannot_see():
-    """f(a x + b) = f(x) within a batch, but for the border (and batch norm's eps): what Contrast sets."""
-    f = common.dcgan_critic(3, (32, 64, 128), 8).requires_grad_(False)
-    f[0].weight *= 100
-    f[0].padding = 0
-    f[-1] = nn.LazyLinear(8)
-    x = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5
-    y, b = f(x), torch.tensor([-0.3, 0.1, 0.2]).view(3, 1, 1)
-    assert torch.allclose(f(0.3 * x + b), y, atol=1e-3 * float(y.std()))
-    assert float((f(x ** 3) - y).std()) > 0.1 * float(y.std())
-
-
-def test_mlp():
-    network = common.mlp(5, 7, 9, 2)
-    assert network(torch.randn(3, 5)).shape == (3, 2)
-    assert count(network) == 5 * 7 + 7 + 7 * 9 + 9 + 9 * 2 + 2
-    assert [type(layer).__name__ for layer in network] == ["Linear", "ReLU", "Linear", "ReLU", "Linear"]
 
 
 # ---- 160x160 and 64x64 ------------------------------------------------------------------------------------
@@ -241,8 +197,6 @@ def test_residual_generator(size, start, last):
     weighty = [layer for name, layer in g.named_modules() if "shortcut" not in name
                and isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
     assert len(weighty) == 10
-    with pytest.raises(ValueError, match="found a size of 128, expected 80 or 160"):
-        common.residual_generator(128, WIDE, 3, nn.Sigmoid, 128, 5)
 
 
 def test_critics_of_160_and_64():
@@ -252,20 +206,16 @@ def test_critics_of_160_and_64():
         *((w, side, side) for w, side in zip(WIDE[::-1], sides) for _ in range(2)), (1024 * 25,), (16,)]
     filters = sum(25 * a * b + b for a, b in zip((3, *WIDE[::-1]), WIDE[::-1]))
     assert count(f) == filters + (1024 * 25 + 1) * 16
-    f = common.residual_critic(3, WIDE[::-1], 1)
+    f = imagenet.residual_critic(3, WIDE[::-1], 1)
     sides = [64, 32, 16, 8, 4]
     assert shapes(f, torch.rand(1, 3, 64, 64)) == [
         (64, 64, 64), *((w, side, side) for w, side in zip(WIDE[::-1], sides)), (1024, 4, 4), (1024, 1, 1),
         (1024,), (1,)]
     blocks = sum(9 * a * a + a + 9 * a * b + b + a * b + b for a, b in zip(WIDE[::-1], WIDE[-2::-1]))
     assert count(f) == 28 * 64 + blocks + 1025
-    for learned in (False, True):       # a gain for each of 1 + 4 * 3 + 1 layers
-        g = common.spectral(common.residual_critic(3, (4, 8, 8, 8, 8), 1), learned)
-        norms = [torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() for layer in g.modules()
-                 if isinstance(layer, (nn.Conv2d, nn.Linear))]
-        gains = [p for name, p in g.named_parameters() if name.endswith("gamma")]
-        assert len(norms) == 14 and len(gains) == 14 * learned
-        assert norms == [pytest.approx(1, abs=0.1)] * 14
+    g = common.spectral(imagenet.residual_critic(3, (4, 8, 8, 8, 8), 1), True)
+    assert [float(s[0]) for s in common.singular_values(g)] == [pytest.approx(1, abs=0.1)] * (1 + 4 * 3 + 1)
+    assert sum(name.endswith("gamma") for name, _ in g.named_parameters()) == 14
     assert f[-3](torch.ones(1, 2, 4, 4)).flatten().tolist() == [16, 16]         # a sum, not a mean
     assert sum(isinstance(layer, nn.AvgPool2d) for layer in f.modules()) == 5 and f[1].negative_slope == 0.2
 
@@ -295,18 +245,20 @@ def by_functions(block, x, up):
 
 @pytest.mark.parametrize("up", [True, False])
 def test_a_residual_block_is_its_formula(up):
-    """Also where the resizing is part of a convolution: values and gradients."""
+    """Also where the resizing is part of a convolution: values, gradients, and those of a critic's slope."""
     torch.manual_seed(0)
-    block = common.Residual(5, 7, up, common.batch_norm if up else None).double()
+    block, found = common.Residual(5, 7, up, common.batch_norm if up else None).double(), []
     for p in block.parameters():
         p.data.add_(torch.rand_like(p) / 5)
-    x = torch.randn(3, 5, 6, 6, dtype=torch.float64)
-    found, wanted = block(x), by_functions(block, x, up)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    slope = torch.randn_like(found)
-    for u, v in zip(*(torch.autograd.grad(y, [*block.parameters()], slope) for y in (found, wanted))):
+    x = torch.randn(3, 5, 6, 6, dtype=torch.float64, requires_grad=True)
+    assert block(x).shape == ((3, 7, 12, 12) if up else (3, 7, 3, 3))
+    for y in (block(x), by_functions(block, x, up)):
+        found.append([y, *torch.autograd.grad(y.sin().sum(), [x, *block.parameters()], retain_graph=True)])
+        if not up:
+            slope, = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
+            found[-1] += [slope, *torch.autograd.grad(slope.square().sum(), list(block.parameters()))]
+    for u, v in zip(*found):
         torch.testing.assert_close(u, v, rtol=1e-11, atol=1e-11)
-    assert block(x).shape == (3, 7, 12, 12) if up else (3, 7, 3, 3)
 
 
 def test_residual_initialisation():
@@ -318,89 +270,80 @@ def test_residual_initialisation():
             if isinstance(layer, nn.Conv2d):
                 out, into, k, _ = layer.weight.shape
                 variance = (2 if "shortcut" in name else gain) / ((out + into) * k * k)
-                assert float(layer.weight.var()) == pytest.approx(variance, rel=0.05)
+                assert float(layer.weight.detach().var()) == pytest.approx(variance, rel=0.05)
                 assert layer.weight.abs().max() <= (3 * variance) ** 0.5
                 assert layer.bias is None or not layer.bias.any()
 
 
-def test_a_residual_critic_s_slope_and_its_gradients():
-    """What Scaled MMD differentiates twice, against finite differences in float64."""
-    torch.manual_seed(0)
-    f = common.residual_critic(2, (3, 4, 5), 1, 8).double()
-    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
-    y = (x + 0.1).requires_grad_()
-    for a, b in zip(common.both(f, x, y), (f(x), f(y))):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
-    weights = f[2].change[1].weight, f[2].change[3].weight
-
-    def squares():
-        return common.jacobian(f, x)[1].square().sum()
-
-    _, J = common.jacobian(f, x)
-    for weight, slope in zip(weights, torch.autograd.grad(squares(), weights)):
-        direction, values = torch.randn_like(weight), []
-        for move in (1e-6, -2e-6):
-            weight.data.add_(move * direction)
-            values.append(squares().item())
-        weight.data.add_(1e-6 * direction)
-        difference = (values[0] - values[1]) / 2e-6
-        assert difference == pytest.approx(float((slope * direction).sum()), rel=1e-5)
-    moved = x.clone()
-    moved[0, 1, 2, 3] += 1e-6
-    difference = (f(moved) - f(x))[0, 0].item() / 1e-6
-    assert difference == pytest.approx(J[0, 0].view(2, 8, 8)[1, 2, 3].item(), rel=1e-4)
-
-
-@pytest.mark.parametrize("start, size", [(4, 64), (5, 160)])
-def test_bfloat16_is_near_float32(start, size):
-    """Values to two digits, slopes and gradients in direction; spectral norms are float32's."""
-    nets = dict(z=8, g=(16, 12, 8, 8, 8), f=(8, 8, 8, 8, 8), start=start, unit=True)
-    nets |= dict(residual=True) if start == 4 else {}
-    nets |= dict(kernel=5, norms=("none",))
-    row, found = dict(critic=1, spectral="learned"), []
-    for own in (nets, dict(nets, bfloat16=True)):
+@pytest.mark.parametrize("size", [64, 160])
+def test_bfloat16_is_near_float32(size, monkeypatch):
+    """Values to two digits, slopes and gradients in direction; spectral norms are found in float32."""
+    found, lower, iterate = [], [], parametrizations._SpectralNorm.forward
+    monkeypatch.setattr(parametrizations._SpectralNorm, "forward", lambda self, weight: lower.append(
+        torch.is_autocast_enabled("cpu")) or iterate(self, weight))
+    for bfloat16 in (False, True):
         torch.manual_seed(0)
-        g, f, _ = common.image_networks(own, row, 3, size)
+        g = common.residual_generator(8, (16, 12, 8, 8, 8), 3, nn.Sigmoid, size, 4 if size == 64 else 5)
+        f = (imagenet.residual_critic(3, (8, 8, 8, 8, 8), 1) if size == 64 else
+             common.dcgan_critic(3, (8, 8, 8, 8, 8), 1, 5, (None,), size))
+        common.spectral(f, True)
+        g.bfloat16 = f.bfloat16 = bfloat16
         x, y = torch.rand(4, 3, size, size), g(torch.rand(4, 8))
-        with torch.nn.utils.parametrize.cached():
+        with nn.utils.parametrize.cached():
             h, J = common.jacobian(f, x)
             loss = (h - f(y)).mean() / (1 + J.square().sum((1, 2)).mean()).sqrt()
             gradients = torch.autograd.grad(loss, [*g.parameters(), *f.parameters()], allow_unused=True)
-        norms = [value for name, value in f.named_buffers() if name.endswith("._u")]
-        assert len(norms) == (14 if start == 4 else 6)
-        found.append([y, h, J, torch.cat([u.flatten() for u in gradients if u is not None]), *norms])
+        norms = torch.cat([value for name, value in f.named_buffers() if name.endswith("._u")])
+        found.append([y, h, J, torch.cat([u.flatten() for u in gradients if u is not None]), norms])
     wanted, near = found
     assert {t.dtype for t in near} == {torch.float32}
-    assert all(torch.equal(u, v) for u, v in zip(wanted[4:], near[4:]))
+    assert torch.equal(wanted[4], near[4]) and len(lower) > 12 and not any(lower)
+    assert not torch.equal(near[1], near[1].bfloat16().float())
     assert all(1e-4 < (u - v).abs().max() / u.abs().max() < 2e-2 for u, v in zip(wanted[:2], near))
     assert all(nn.functional.cosine_similarity(u.flatten(), v.flatten(), 0) > 0.97
                for u, v in zip(wanted[2:4], near[2:4]))
-    kinds = {}
-    for layer in (*g, *f):
-        layer.register_forward_hook(lambda layer, _, out: kinds.update({layer: out.dtype}))
-    f(g(torch.rand(4, 8)))
-    last = {[layer for layer in network if common.count(layer)][-1] for network in (g, f)}
-    assert all((kinds[layer] == torch.float32) == (layer in last) for layer in kinds if common.count(layer))
 
 
-@pytest.mark.parametrize("script, count", [(cifar, 19), (mnist, 6), (celeba, 11)])
-def test_rows_with_the_penalty_of_released_code(script, count):
-    """Each is the row that its name begins with, but for the norm of its gradient penalty."""
-    found = {name: row for name, row in script.METHODS.items() if name.endswith(("-columns", "-pixels"))}
-    assert len(found) == count
-    for name, row in found.items():
-        base, _, axis = name.rpartition("-")
-        kind, weight = script.METHODS[base]["penalty"]
-        assert kind == "gradient" and row == dict(script.METHODS[base], penalty=(axis, weight))
-        assert axis == ("pixels" if "width" in row["nets"] else "columns")      # Scaled MMD's networks
+# ---- NETS of the scripts ----------------------------------------------------------------------------------
+
+# Noise, the parameters of generator and critic, and the critic's outputs
+SIZES = {
+    cifar: dict(gram=("uniform", 128, 430019, 428096, 128), weak=("uniform", 128, 430019, 182144, 128),
+                li=("normal", 128, 1187715, 1183680, 128), dcgan=("uniform", 100, 4514371, 4339344, 16),
+                dcgan16=("uniform", 100, 4514371, 278448, 16), gamn=("normal", 128, 5164163, 4189194, 10),
+                wgan=("normal", 128, 5164163, 4115457, 1), sngan=("uniform", 128, 3812931, 5860865, 1),
+                gmmn=("uniform", 10, 3495104, 0, 0)) | {
+        "wgan-gp": ("normal", 128, 5164163, 4114689, 1), "gmmn-ae": ("uniform", 10, 379104, 3179552, 0)},
+    mnist: dict(gram=("uniform", 100, 1529984, 43028, 100), dcgan=("uniform", 128, 4568513, 4305409, 1),
+                dcgan16=("uniform", 100, 4511169, 277648, 16), gamn=("normal", 128, 1554881, 1067402, 10),
+                wgan=("normal", 128, 1554881, 1030529, 1), gmmn=("uniform", 10, 1149904, 0, 0)) | {
+        "wgan-gp": ("normal", 128, 1554881, 1030145, 1), "gmmn-ae": ("uniform", 10, 379104, 836640, 0)},
+    celeba: dict(scaled=("uniform", 128, 13411651, 17440385, 1),
+                 resnet=("uniform", 100, 12694851, 17824400, 16),
+                 gram=("uniform", 128, 1219011, 1215040, 128), li=("normal", 64, 3289987, 3281792, 64),
+                 dcgan=("uniform", 100, 5134915, 4437648, 16), dcgan16=("uniform", 100, 5134915, 303024, 16),
+                 gamn=("normal", 128, 5364291, 4389386, 10), wgan=("normal", 128, 5364291, 4315649, 1)) | {
+        "wgan-gp": ("normal", 128, 5364291, 4314753, 1)},
+    imagenet: dict(scaled=("uniform", 128, 12219715, 10104257, 1))}
 
 
-@pytest.mark.parametrize("script", [cifar, mnist, celeba, imagenet])
+@pytest.mark.parametrize("script", SIZES, ids=lambda script: script.__name__)
+def test_networks_at_full_size(script):
+    assert SIZES[script].keys() == script.NETS.keys()
+    for name, (law, z, g, f, out) in SIZES[script].items():
+        size = [160 if name in ("scaled", "resnet") else 64] if script is celeba else []
+        with torch.device("meta"):
+            built = script.networks(script.DEFAULTS | dict(nets=name, critic=out), *size)
+        assert (count(built[0]), count(built[1])) == (g, f), name
+        assert script.NETS[name]["noise"] is getattr(common, f"{law}_noise") and script.NETS[name]["z"] == z
+
+
+@pytest.mark.parametrize("script", SIZES, ids=lambda script: script.__name__)
 def test_no_slope_is_held_through_a_batch_norm(script):
     """Where an image's output depends on its batch, the slope at one image is not that of the critic."""
-    with torch.device("meta"):
-        for name, row in script.METHODS.items():
-            sloped = row["distance"] in (*common.SLOPED, "sobolev")
-            if sloped or row.get("penalty", [None])[0] in common.AXES:
-                _, f, _ = script.networks(row)
-                assert not any(isinstance(layer, nn.BatchNorm2d) for layer in f.modules()), name
+    tables = script.METHODS.values() if script is celeba else [script.METHODS]
+    for row in (script.DEFAULTS | row for table in tables for row in table.values()):
+        held = row.get("penalty") and not row.get("weights")
+        if held or row["loss"] in ("smmd", "swgan", "sobolev", "gcmmd"):
+            norms = script.NETS[row["nets"]].get("norms", (None,))
+            assert common.batch_norm not in norms and row["nets"] != "gram", row

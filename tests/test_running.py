@@ -1,316 +1,300 @@
-"""Running and keeping: state put back, coroutines, logs, checkpoints, files that are whole or not there."""
-import errno
+"""Running and keeping: turns, signals, optimizers, rates that adapt, logs, checkpoints, folders, flags."""
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 import common
-from conftest import says
+from conftest import same, says
 
-ROOT = os.path.dirname(os.path.abspath(common.__file__))
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+ROOT, SIGNALS = os.path.dirname(common.__file__), (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-# ---- what capture() rests on, as far as a CPU shows it ----------------------------------------------------
-
-
-def small_run():
-    torch.manual_seed(0)
-    network, generator = common.mlp(4, 8, 1), rng()
-    optimizer = common.optimizer(network, (1e-2, 0.5, 0.9))
+def small(folder, seed=0):
+    """The state of a small run, and its update."""
+    torch.manual_seed(seed)
+    network, rng = common.mlp(4, 8, 1), torch.Generator().manual_seed(seed)
+    opt = common.optimizer(network, "adam", 1e-2, (0.5, 0.9))
+    log = common.Log(str(folder), ("loss",), 6, torch.device("cpu"))
 
     def update():
-        common.descend((optimizer, network(common.normal_noise(16, 4, generator)).square().mean()))
-    return dict(network=network, optimizer=optimizer, rng=generator), update
+        loss = network(common.normal_noise(16, 4, rng)).square().mean()
+        common.descend((opt, loss))
+        log.add(loss=loss)
+    return dict(network=network, opt=opt, rng=rng, log=log), update
 
 
-def values(state):
-    return {path: tensor.clone() for path, tensor in common.tensors(common.state_dicts(state)).items()}
+def together(folder, **runs):
+    """The results of runs by their names, and of their files."""
+    found = common.interleave({f"{folder}/{name}": run for name, run in runs.items()}, "python x.py")
+    kept = {name: json.loads((folder / name / "result.json").read_text()) for name in runs}
+    assert kept == {name: found[f"{folder}/{name}"] | dict(command="python x.py") for name in runs}
+    return kept
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[path], b[path]) for path in a)
-
-
-def test_warm_up_updates_are_undone_in_place():
-    """As in capture(): three updates, all state put back, then the first update that counts."""
-    state, update = small_run()
-    weight = state["network"][0].weight
-    with common.restoring(state):
-        for _ in range(3):
-            update()
-        moment = state["optimizer"].state[weight]["exp_avg"]
-        assert moment.abs().max() > 0
-    assert moment.abs().max() == 0 and state["optimizer"].state[weight]["step"] == 0
-    assert state["optimizer"].state[weight]["exp_avg"] is moment and state["network"][0].weight is weight
-    other, other_update = small_run()
-    update(), other_update()
-    assert equal(values(state), values(other))
-
-
-def test_state_after_some_updates_is_put_back_too():
-    state, update = small_run()
-    update()
-    before = values(state)
-    with common.restoring(state):
-        update()
-        assert not equal(values(state), before)
-    assert equal(values(state), before)
-
-
-def test_capture_leaves_an_update_on_a_cpu_alone():
-    state, update = small_run()
-    before = values(state)
-    assert common.capture(update, state) is update and equal(values(state), before)
-    assert state["optimizer"].defaults["capturable"] is False      # Adam refuses it on a CPU
-
-
-def test_tensors_are_the_live_ones():
-    state, update = small_run()
-    update()
-    found = common.tensors(common.state_dicts(state))
-    assert found["network", "0.weight"].data_ptr() == state["network"][0].weight.data_ptr()
-    moments = state["optimizer"].state[state["network"][0].weight]
-    assert found["optimizer", "state", 0, "exp_avg"] is moments["exp_avg"]
-
-
-# ---- interleave -------------------------------------------------------------------------------------------
-
-
-def test_interleave_takes_turns_and_returns_results():
+def test_runs_take_turns(tmp_path):
+    """50 updates in a row come first, of which the last 20 are timed."""
     turns = []
 
     def run(name, n):
         for i in range(n):
-            turns.append(name + str(i))
+            turns.append(name)
+            time.sleep(0.02 if i < 30 else 0.001 if i < 50 else 0)
             yield
-        return name
+        return dict(updates=n)
+    results = together(tmp_path, a=run("a", 53), b=run("b", 51), c=run("c", 2))
+    assert turns == ["a"] * 50 + ["b"] * 50 + ["c"] * 2 + ["a", "b", "a", "a"]
+    assert [results[name]["updates"] for name in "abc"] == [53, 51, 2]
+    assert all(1 <= results[name]["milliseconds"] < 15 for name in "ab") and together(tmp_path) == {}
 
-    assert common.interleave([run("a", 3), run("b", 1), run("c", 2)]) == ["a", "b", "c"]
-    assert turns == ["a0", "b0", "c0", "a1", "c1", "a2"]
-    assert common.interleave([]) == []
+
+def test_a_run_that_fails_ends_alone(tmp_path, capsys):
+    def run(fails=None):
+        yield
+        if fails:
+            raise fails
+        return dict(done=True)
+    results = together(tmp_path, a=run(), b=run(common.RunError("diverged at 2")), c=run())
+    assert results["a"]["done"] and results["b"]["failed"] == "diverged at 2" and results["c"]["done"]
+    assert "b: diverged" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="a mistake"):
+        together(tmp_path, d=run(RuntimeError("a mistake")), e=run())
+    assert "Traceback" in capsys.readouterr().err and not os.path.exists(tmp_path / "e")
 
 
-def test_ctrl_c_has_all_runs_save(capsys):
-    """Every run that goes on is told once, at the same update; a second Ctrl-C interrupts at once."""
-    saved, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.mark.parametrize("number, at", [(SIGNALS[0], 7), *((number, 60) for number in SIGNALS)])
+def test_a_signal_has_every_run_save(number, at, tmp_path, capfd):
+    """Those that go on are asked once, at their next yields, wherever the signal came."""
+    saved, before = [], [signal.getsignal(n) for n in SIGNALS]
 
-    def run(name, n, interrupts=()):
+    def run(me, n):
         for step in range(1, n + 1):
-            if step in interrupts:
-                os.kill(os.getpid(), signal.SIGINT)
+            if me == "b" and step == at:
+                os.kill(os.getpid(), number)
             if (yield):
-                saved.append((name, step))
-        return name
+                saved.append((me, step))
+        return {}
+    with pytest.raises(KeyboardInterrupt):
+        together(tmp_path, a=run("a", 90), b=run("b", 90), c=run("c", 3), d=run("d", 90))
+    assert [me for me, _ in saved if me != "c"] == ["a", "b", "d"] and dict(saved)["b"] in (at, at + 1), saved
+    assert capfd.readouterr().err.count("stopping") == 1 and [signal.getsignal(n) for n in SIGNALS] == before
+    assert together(tmp_path, e=run("e", 60)) and dict(saved).keys() <= set("abcd")
 
-    with pytest.raises(KeyboardInterrupt):
-        common.interleave([run("a", 9), run("b", 9, interrupts=[3]), run("c", 2), run("d", 9)])
-    assert saved == [("a", 3), ("b", 3), ("d", 3)] and "stopping" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with pytest.raises(KeyboardInterrupt):
-        common.interleave([run("e", 9, interrupts=[3, 4]), run("f", 9)])
-    assert saved[3:] == [("e", 3)]                              # f was not asked any more
-    assert common.interleave([run("g", 3, interrupts=[3])]) == ["g"]        # all had ended
-    signal.signal(signal.SIGINT, before)
+
+def test_another_process(tmp_path):
+    """It is refused a folder that this one holds; SIGHUP stays ignored; a second signal ends it at once."""
+    common.run_folder(str(tmp_path), __file__, True)
+    code = f"""if True:
+        import os, signal, common
+        def run():
+            yield
+            for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+                print(number, flush=True)
+        try:
+            common.run(lambda: common.run_folder({str(tmp_path)!r}, common.__file__, True))
+        except SystemExit as end:
+            print("code", end.code)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)            # as nohup does
+        common.interleave({{"b": run()}})"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.count("another command trains there") == 1 and "Traceback" not in done.stderr
+    assert done.stdout.split() == ["code", "1", "1", "1", "15"] and done.returncode == -signal.SIGTERM
+
+
+def test_every_gradient_comes_before_any_step():
+    """Two players of w^2 v and w v, by hand; a stack, whose members do not meet; capture on a CPU."""
+    w, v = (torch.nn.Parameter(torch.tensor(value)) for value in (2.0, 3.0))
+    common.descend((torch.optim.SGD([w], 0.1), w ** 2 * v), (torch.optim.SGD([v], 0.1), w * v))
+    assert w.item() == pytest.approx(2 - 0.1 * 12) and v.item() == pytest.approx(3 - 0.1 * 2)
+    stack = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+    common.descend((torch.optim.SGD([stack], 0.1), stack ** 2))
+    assert stack.tolist() == pytest.approx([0.8, 1.6, 2.4])
+    assert common.capture(small, torch.Generator()) is small
+
+
+def test_optimizers_and_their_rates():
+    """Two steps by the formulas of Adam and RMSprop; a rate changes by fill_."""
+    for opt, share in (("adam", 0.9), ("rmsprop", 0.99)):
+        network, m, s = torch.nn.Linear(1, 1, bias=False), 0.0, 0.0
+        wanted, optimizer = network.weight.item(), common.optimizer(network, opt, 0.1, (0.5, 0.9))
+        for t, slope in enumerate((1.0, -3.0), 1):
+            common.descend((optimizer, slope * network.weight.sum()))
+            m, s = 0.5 * m + 0.5 * slope, share * s + (1 - share) * slope ** 2
+            adam = m / (1 - 0.5 ** t) / (s / (1 - 0.9 ** t)) ** 0.5
+            wanted -= 0.1 * (adam if opt == "adam" else slope / s ** 0.5)
+        first, second = common.rates(optimizer, common.optimizer(network, opt, 0.2, (0.5, 0.9)))
+        assert float(first.fill_(0)) == 0 and float(second) == pytest.approx(0.2)
+        common.descend((optimizer, network.weight.sum()))
+        assert network.weight.item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_rates_that_adapt(tmp_path):
+    """The rule, played on how far models are from the data; checkpoints on the way change nothing."""
+    rng, window, patience, level, floor = np.random.default_rng(0), 3, 2, 0.1, 1e-3
+    x = torch.tensor(rng.normal(size=(200, 4)))
+
+    def make(key="net"):
+        state, _ = small(tmp_path)
+        state["a"] = common.AdaptiveRate([state["opt"]], x, key, 0.5, window, patience, level, floor)
+        return state
+    state, models, failures, rate, cuts = make(), [], 0, 1e-2, 0
+    for i, far in enumerate([*(0.3 * (rng.permutation(40) % 7)), *[3.0] * 15]):
+        p = state["a"].step(torch.tensor(rng.normal(far, size=(200, 4))))
+        if len(models) < window:
+            models.append(far)
+            assert p is None
+        else:
+            assert abs(far - models[0]) < 0.4 or (p > level) == (far > models[0])
+            failures = failures + 1 if p > level else 0
+            models = models if failures else [*models[1:], far]
+            if failures == patience:
+                models, failures, rate, cuts = [*models, far][-patience:], 0, max(rate / 2, floor), cuts + 1
+        assert float(common.rates(state["opt"])[0]) == pytest.approx(rate, rel=1e-6)
+        if i % 10 == 3:
+            common.save(str(tmp_path), 1, state, {})
+            state = make()
+            common.load(str(tmp_path), state, {})
+    assert cuts > 4 and rate == floor
+    with says("checkpoint.pt: ", "network net, expected other"):
+        common.load(str(tmp_path), make("other"), {})
+
+
+def test_log(tmp_path, capsys, monkeypatch):
+    path, now = tmp_path / "log.csv", 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    log = common.Log(str(tmp_path), ("loss_f", "loss_g", "none"), 62, torch.device("cpu"), ("fd", "kid"))
+    log.start(0)
+    for name, value in (("f", 1.0), ("f", 3.0), ("f", 8.0), ("g", 5.0), ("g", [1.0, np.nan, 5.0])):
+        log.add(**{f"loss_{name}": torch.tensor(value)})
+    now += 4
+    log.row(2, lambda: dict(fd=7.5))
+    assert capsys.readouterr().out.split()[1:] == "2 4 4 - 7.5 - 0.5 2:00".split()
+    for step in (3, 4, 5):                          # the terminal's means are those since its last row
+        now += 1
+        log.add(loss_f=torch.tensor(float(step)), loss_g=torch.tensor(1.0))
+        log.row(step, shown=step == 5)
+    assert capsys.readouterr().out.split()[1:] == "5 4 1 - - - 1.0 0:57".split()
+    wanted = ["step,loss_f,loss_g,none,fd,kid,seconds", "2,4.0,4.0,,7.5,,4.00", "3,3.0,1.0,,,,5.00",
+              "4,4.0,1.0,,,,6.00", "5,5.0,1.0,,,,7.00"]
+    for bad in (np.nan, np.inf):
+        log.add(loss_f=torch.tensor(1.0), loss_g=torch.tensor(bad))
+        log.add(loss_g=torch.tensor(1.0))
+        with pytest.raises(common.RunError, match=f"diverged at update 6: loss_g is {bad}"):
+            log.row(6, lambda: 1 / 0)
+    assert path.read_text().splitlines() == wanted
+    path.write_text(path.read_text() + "3,2")       # what a kill in the middle of a row leaves
+    for step, n in ((3, 3), (0, 1)):
+        log.start(step)
+        assert path.read_text().splitlines() == wanted[:n] and os.listdir(tmp_path) == ["log.csv"]
+
+
+def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):
+    settings = dict(seed=0, row=dict(beta=(0.5, 0.9), clip=True))
+    for folder in (f"{tmp_path}/whole", f"{tmp_path}/parts"):
+        state, update = small(folder)
+        assert common.load(folder, state, settings) == 0
+        state["log"].start(0)
+        for step in range(1, 7):
+            update()
+            if step in (4, 6):
+                state["log"].row(step)
+            if step == 3 and "parts" in folder:
+                common.save(folder, step, state, settings)
+                state, update = small(folder, seed=1)
+                assert common.load(folder, state, settings) == step
+                state["log"].start(step)
+        common.save(folder, 6, state, settings)
+    assert same(f"{tmp_path}/whole", f"{tmp_path}/parts")
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    (state, _), settings = small(tmp_path), dict(seed=0, BATCH=64)
+    common.save(str(tmp_path), 1_200, state, settings)
+    whole, more = (tmp_path / "checkpoint.pt").read_bytes(), dict(state, more=state["network"])
+    for content, own, changed, said in [
+            (whole, state, dict(seed=1), "1,200 updates with seed = 0, expected 1; "),
+            (whole, state, dict(BATCH=32), "BATCH = 64, expected 32; "),
+            (whole, state, dict(C=1), "C = None, expected 1; "), (whole, more, {}, "more "),
+            (whole, dict(state, network=common.mlp(4, 9, 1)), {}, "network "),
+            *((part, state, {}, "delete it") for part in (whole[:len(whole) // 2], b"", b"no checkpoint"))]:
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with says(f"{tmp_path}/checkpoint.pt: ", said, "--out" if content == whole else "anew"):
+            common.load(str(tmp_path), own, settings | changed)
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
-    """Ctrl-C comes between rows of the log: the last good checkpoint stays."""
-    log = common.Log(str(tmp_path), ["loss"], 9, torch.device("cpu"))
-    for step, loss in ((1, 0.5), (2, float("nan"))):
-        log.add(torch.tensor(loss))
-        common.save(str(tmp_path), step, dict(log=log), {})
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+    (state, _), folder = small(tmp_path), str(tmp_path)
+    common.save(folder, 1, state, {})
+    state["network"][0].weight.data[1] = float("nan")
+    with pytest.raises(common.RunError, match="update 2"):
+        common.save(folder, 2, state, {})
+    assert common.load(folder, small(folder)[0], {}) == 1
+    common.save(folder, 2, state, {}, check=False)                  # of a stack
+    assert common.load(folder, state, {}) == 2
 
 
-@pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda *_: None])
-def test_ctrl_c_is_left_to_who_has_it(handler):
-    """As nohup and torchrun's processes have it."""
-    def run():
-        assert signal.getsignal(signal.SIGINT) is handler
-        yield
-
-    before = signal.signal(signal.SIGINT, handler)
-    common.interleave([run()])
-    assert signal.signal(signal.SIGINT, before) is handler
-
-
-def test_a_run_that_diverges_ends_alone():
-    def run(fails):
-        yield
-        if fails:
-            raise FloatingPointError("diverged at update 2")
-        yield
-        return "done"
-
-    first, second, third = common.interleave([run(False), run(True), run(False)])
-    assert first == third == "done" and isinstance(second, FloatingPointError)
-    with pytest.raises(ZeroDivisionError):      # a defect is no divergence
-
-        def broken():
-            yield 1 / 0
-        common.interleave([broken()])
-
-
-def test_ctrl_c_ends_with_a_word(capsys):
-    def main():
-        raise KeyboardInterrupt
-    with pytest.raises(SystemExit) as end:
-        common.run(main)
-    assert end.value.code == 130 and "--resume" in capsys.readouterr().err
-
-
-def test_a_full_disk_ends_with_a_word(tmp_path):
-    def main():
-        with common.replacing(f"{tmp_path}/checkpoint.pt"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with says("checkpoint.pt: No space left on device; make room", "--resume"):
-        common.run(main)
-    assert os.listdir(tmp_path) == []
-
-    def broken():
-        open(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError):      # a defect is not the user's
-        common.run(broken)
-
-
-def test_names_of_files_may_be_of_any_bytes():
-    code = "import os, common; common.run(lambda: print(os.fsdecode(b'caf\\xe9.jpg')))"
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True,
-                             env=dict(os.environ, PYTHONIOENCODING="utf-8:strict")).stdout
-    assert printed.strip() == b"caf\\udce9.jpg"
-
-
-# ---- files ------------------------------------------------------------------------------------------------
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "kept.txt"
+def test_a_file_is_replaced_or_not_there(tmp_path):
+    path = f"{tmp_path}/below/kept.txt"
     with common.replacing(path) as file:
         file.write(b"first")
-    assert os.listdir(tmp_path) == ["kept.txt"]
-    with pytest.raises(RuntimeError):
-        with common.replacing(path) as file:
-            file.write(b"sec")
-            raise RuntimeError
-    assert path.read_bytes() == b"first" and os.listdir(tmp_path) == ["kept.txt"]
+    for failure in (RuntimeError(), KeyboardInterrupt(), OSError(28, "No space left on device")):
+        with pytest.raises(type(failure)) as error, common.replacing(path) as file:
+            file.write(b"second")
+            raise failure
+        assert open(path, "rb").read() == b"first" and os.listdir(tmp_path / "below") == ["kept.txt"]
+    assert path in str(error.value) and "No space" in str(error.value)
+    with says(path), common.replacing(f"{path}/deeper"):
+        pass
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with says(str(path), "name another"):
-            common.make_folder(str(path))
-    common.make_folder(str(tmp_path / "new" / "deep"))
-    assert os.listdir(tmp_path / "new" / "deep") == []
+def test_run_folders(tmp_path, capsys):
+    """Sources are copied; without --resume an earlier run is put aside; this process may lock again."""
+    folder, script = f"{tmp_path}/out/run", tmp_path / "script.py"
+    for n in range(3):
+        script.write_text(f"version {n}")
+        assert common.run_folder(folder, str(script), False) == folder
+        assert ("--resume" in capsys.readouterr().out) == (n > 0)
+        with open(f"{folder}/log.csv", "x") as file:
+            file.write(str(n))
+    common.run_folder(folder, f"{folder}/script.py", True)          # a copied script, in place
+    for name, n in ((folder, 2), (f"{folder}-old-1", 0), (f"{folder}-old-2", 1)):
+        found = {file: open(f"{name}/{file}").read() for file in os.listdir(name)}
+        assert found.pop("common.py") == open(common.__file__).read()
+        assert found == {"log.csv": str(n), "script.py": f"version {n}"}
+    assert sorted(os.listdir(tmp_path / "out")) == ["run", "run-old-1", "run-old-2"]
 
 
-def test_log(tmp_path, capsys):
-    log = common.Log(str(tmp_path), ("loss_f", "loss_g"), 6, "cpu")
-    log.start(0)
-    for step, values in enumerate([(1.0, 2.0), (3.0, 6.0), (5.0, 5.0)], 1):
-        log.add(*map(torch.tensor, values))
-        if step != 1:
-            log.row(step, shown=step == 2)
-    read = common.read_log(tmp_path)
-    assert {name: read[name].tolist() for name in ("step", "loss_f", "loss_g")} == {
-        "step": [2, 3], "loss_f": [2, 5], "loss_g": [4, 5]}
-    assert capsys.readouterr().out.split()[1:4] == ["2", "2", "4"]
-    log.add(None, torch.tensor(1.0))
-    log.row(4)
-    assert np.isnan(common.read_log(tmp_path)["loss_f"][-1])
-    assert capsys.readouterr().out.split()[1:4] == ["4", "-", "3"]     # both rows since the last shown
-    log.add(torch.tensor(1.0), torch.tensor(float("inf")))
-    log.add(torch.tensor(1.0), torch.tensor(1.0))
-    with pytest.raises(FloatingPointError, match="diverged at update 6: loss_g is inf"):
-        log.row(6)
-    assert common.read_log(tmp_path)["step"].tolist() == [2, 3, 4]
-    with open(tmp_path / "log.csv", "a") as file:
-        file.write("1,2")       # what a kill in the middle of a row leaves
-    log.start(3)                # rows after the checkpoint's update are dropped
-    assert common.read_log(tmp_path)["step"].tolist() == [2, 3]
-
-
-def test_checkpoints_hold_all_state(tmp_path):
-    state, update = small_run()
-    update(), common.save(tmp_path, 1, state, {"seed": 0})
-    update()
-    other, other_update = small_run()
-    assert common.load(tmp_path, other, {"seed": 0}) == 1
-    other_update()
-    assert equal(values(state), values(other))
-    assert common.load(tmp_path / "nowhere", other, {}) == 0
-
-
-@pytest.mark.parametrize("settings, said", [
-    ({"seed": 1, "BATCH": 64}, "seed = 0, expected 1"),
-    ({"seed": 0, "BATCH": 32}, "BATCH = 64, expected 32"),
-    ({"seed": 0}, "BATCH = 64, expected None"),
-])
-def test_checkpoints_of_other_settings_are_refused(tmp_path, settings, said):
-    state, _ = small_run()
-    common.save(tmp_path, 1200, state, {"seed": 0, "BATCH": 64})
-    with says("checkpoint.pt", "1,200 updates", said, "--out"):
-        common.load(tmp_path, state, settings)
-
-
-def test_damaged_checkpoints_are_refused(tmp_path):
-    state, _ = small_run()
-    common.save(tmp_path, 1, state, {})
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    for content in (whole[:len(whole) // 2], b"", b"no checkpoint"):
-        (tmp_path / "checkpoint.pt").write_bytes(content)
-        with says("checkpoint.pt", "no whole checkpoint", "delete it"):
-            common.load(tmp_path, state, {})
-
-
-def test_constants_are_the_upper_case_ones():
-    given = {"BATCH": 64, "SIGMA": (1, 2.5), "NAME": "x", "METHODS": {}, "F": torch, "lower": 1}
-    assert common.constants(given) == {"BATCH": 64, "SIGMA": [1, 2.5], "NAME": "x"}
-    assert json.loads(json.dumps(common.constants(given))) == common.constants(given)
-
-
-# ---- command line -----------------------------------------------------------------------------------------
-
-
-def test_flags():
-    parser = common.flags("doc", {"gram": 1, "gan": 2}, ["gram"], 500, images=True)
-    args = parser.parse_args([])
-    assert (args.method, args.seeds, args.steps, args.data, args.out) == (["gram"], 1, 500, "data", "runs")
-    assert (args.resume, args.device, args.features) == (False, None, None)
-    assert parser.parse_args(["--method", "gan", "gram", "--seeds", "3"]).method == ["gan", "gram"]
-    for flag in ("--data", "--features"):
+def test_flags(capsys):
+    parser = common.flags("doc", {"gram": {}, "gan": {}}, {"GRAM": "gram"}, "gram", 500, images=True)
+    found = dict(method=None, steps=None, device=None, features=None, resume=False, out="runs", data="data")
+    assert vars(parser.parse_args([])) == dict(found, seeds=range(1))
+    args = parser.parse_args("--method gan gram+critic=8 --seeds 3 --steps 7".split())
+    assert (args.method, list(args.seeds), args.steps) == (["gan", "gram+critic=8"], [0, 1, 2], 7)
+    assert list(parser.parse_args(["--seeds", "5:8"]).seeds) == [5, 6, 7]
+    rings = common.flags("doc", {"gram": {}}, {}, "gram", 1, images=False)
+    for wrong in ("--seed=3", "--meth=gan", "--seeds=x", "--steps=x", "--method", "--data=x", "--features=x"):
         with pytest.raises(SystemExit):
-            common.flags("doc", {"gram": 1}, ["gram"], 1, images=False).parse_args([flag, "x"])
+            rings.parse_args([wrong])
+        assert wrong.split("=")[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [
-    ["--seeds", "0"], ["--seeds", "-1"], ["--steps", "many"], ["--steps", "1.5"], ["--steps", ""],
-    ["--method", "gramm"], ["--method"]])
-def test_wrong_flags(wrong, capsys):
-    with pytest.raises(SystemExit) as end:
-        common.flags("doc", {"gram": 1}, "gram", 500, images=True).parse_args(wrong)
-    assert end.value.code == 2 and wrong[0] in capsys.readouterr().err
-
-
-def test_devices():
-    assert common.setup("cpu").type == "cpu"
-    for name in ("abacus", "meta", "cuda") if not torch.cuda.is_available() else ("abacus", "meta"):
-        with says(f"--device {name}", "expected cpu, or cuda"):
-            common.setup(name)
-
-
-def test_tables_and_spreads():
-    lines = common.table(["a", "long"], [["xyz", "1"]]).splitlines()
-    assert lines == ["| a   | long |", "| --- | ---- |", "| xyz | 1    |"]
-    assert common.mean_std([]) == "-" and common.mean_std([2.04]) == "2.0"
-    assert common.mean_std([1.0, 2.0, 3.0]) == "2.0 ± 1.0"
+def test_errors_become_a_line_and_a_code(capsys):
+    def main():
+        raise error
+    errors = ValueError("found a"), OSError(28, "Full", "f.pt"), common.RunError("none"), KeyboardInterrupt()
+    for error, code, said in zip(errors, (1, 1, 1, 130), ("found a", "f.pt", "none", "--resume")):
+        with pytest.raises(SystemExit) as end:
+            common.run(main)
+        [line] = capsys.readouterr().err.splitlines()
+        assert end.value.code == code and said in line
+    with pytest.raises(ZeroDivisionError):          # a defect is not the user's
+        common.run(lambda: 1 / 0)
+    with says("--device abacus", "expected cpu"):
+        common.setup("abacus")

@@ -1,0 +1,282 @@
+"""ring2d.py and ring3d.py, small: updates by plain formulas, stacks, figures, resuming, command lines."""
+import itertools
+import json
+import math
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+import ring2d
+import ring3d
+from conftest import PLAIN, by_hand, kept, mixture, same, says
+from test_mathematics import plain_objective
+
+SMALL = dict(POINTS=500, LOG_EVERY=4, TRACE_EVERY=2, SAVE_EVERY=4, PANELS=(2, 6), AVERAGE=6, WIDTHS=(5, 10),
+             NOISES=(2, 4), AVERAGE_EVERY=2, AVERAGE_POINTS=50, GAMN_HIDDEN=(8, 8), GRID_5=(5, 4, 3),
+             DIRAC_STEPS=9, LAMBDA=0.7)         # the second as in plain_objective
+s, SAVE = 0.75 ** 0.5, common.save_figure
+TILT = torch.tensor([[0.5, 0, -s], [0, 1, 0], [s, 0, 0.5]], dtype=torch.float64)        # by 60 degrees
+CUBE = {"gram": {}, "mmdnet": dict(loss="mmd"), "gan": dict(critic_steps=1),        # in ring2d.py's keys
+        "mmdgan": dict(loss="mmd", critic_steps=5, clip=0.1, autoencoder=8, feasible=16)}
+
+
+@pytest.fixture(autouse=True)
+def pictures(monkeypatch, tmp_path):
+    """Small constants, a folder to work in, and figures by their paths, which are not drawn."""
+    for script, (name, value) in itertools.product((ring2d, ring3d), SMALL.items()):
+        monkeypatch.setattr(script, name, value, raising=script is ring2d)
+    for row in (ring2d.DEFAULTS, ring3d.DEFAULTS, *ring2d.METHODS.values()):
+        monkeypatch.setitem(row, "batch", 16)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "save_figure", (found := {}).__setitem__)
+    yield found
+    torch.set_default_dtype(torch.float32)
+
+
+def run(script, *flags):
+    script.main(["--device", "cpu", *map(str, flags)])
+
+
+def texts(figure):
+    return " | ".join(part.get_text() for part in figure.findobj(lambda part: hasattr(part, "get_text")))
+
+
+def train(script, name, folder, steps, figure="1", stop=None):
+    """The result of a run with seed 1; None of one that was told to stop at an update."""
+    os.makedirs(folder, exist_ok=True)
+    row, given = script.DEFAULTS | script.METHODS[name], (folder, steps, torch.device("cpu"))
+    running = script.train(name, row, *((1, *given) if script is ring3d else ([1], *given, figure)))
+    try:
+        for step in range((stop or steps) + 1):
+            running.send(step == stop if step else None)
+    except StopIteration as end:
+        return end.value
+
+
+def formulas(row, f, decoder, x, y, a):
+    """Losses of critic and generator, and of GRAM eq. 7 and the mean of r; a: where a slope is held."""
+    loss_f, loss_g = by_hand(row | dict(kernel="own", penalty=0, weights=""), f, decoder, x, y, 0)
+    if row["loss"] == "gram":
+        objective, r = plain_objective(row["form"], f(x), f(y), 1e-3, (1.0,))
+        mmd2 = by_hand(dict(kernel="own", loss="mmd"), f, None, x, y, 0)[1].square() - 1e-6
+        return torch.stack([-objective, mmd2, (r - 1).square().mean(), r.mean()])
+    if kind := row.get("weights"):
+        own = [p for m in f if kind == "l2-all" or isinstance(m, nn.LayerNorm) for p in m.parameters()]
+        loss_f = loss_f + row["penalty"] * sum((p.abs() if kind == "l1" else p.square()).sum() for p in own)
+    elif row.get("penalty"):
+        t = (a * x + (1 - a) * y).detach().requires_grad_()
+        slope, = torch.autograd.grad(f(t).sum(), t, create_graph=True)
+        loss_f = loss_f + row["penalty"] * (slope.norm(dim=1) - 1).square().mean()
+    return torch.stack([loss_f, loss_g])
+
+
+@pytest.mark.parametrize("script, name", [(script, n) for script in (ring2d, ring3d) for n in script.METHODS])
+def test_two_updates_are_the_papers(script, name, monkeypatch):
+    """In float64; ring2d.py's rows as a stack of two models, of other widths, noises and data."""
+    plane, full, logged = script is ring2d, script.DEFAULTS | script.METHODS[name], []
+    row, again = full if plane else full | CUBE[name], not plane and name == "gan"
+    torch.set_default_dtype(torch.float64)
+    monkeypatch.setitem(PLAIN, "own", mixture(*(sigma ** 2 for sigma in row.get("sigma", (1,)))))
+    monkeypatch.setattr(script, "TRACE_EVERY", 1)
+    monkeypatch.setattr(nn.LayerNorm, "reset_parameters", lambda m: [*map(nn.init.normal_, m.parameters())])
+    width = 8 if row.get("norms") else 6        # LayerNorm would count what is padded
+    cells = [dict(data="ring", z=3, g=(8, 8), f=(8, 8), seed=1),
+             dict(data="25 Gaussians", z=5, g=(6, 6), f=(width, width), seed=5)]
+    monkeypatch.setattr(ring2d, "cells", lambda *_: cells)
+    rng, _ = torch.Generator().manual_seed(1), torch.manual_seed(1)
+    members = [ring2d.networks(full, cell) for cell in cells] if plane else [ring3d.networks(full)]
+    norms = [isinstance(m, (nn.BatchNorm1d, nn.LayerNorm)) for m in (*members[0][0], *(members[0][1] or ()))]
+    assert sum(norms) == 4 * row.get("norms", 0)
+
+    def draw(old=()):                   # data, unless they are those of old, and samples
+        x = [x for x, _ in old] or [common.draw_mixture(common.ring_centres(8, 2), 0.2, 16, rng)]
+        if plane:
+            x.append(common.draw_mixture(*ring2d.mixture("25 Gaussians"), 16, rng))
+        elif not old:
+            x = [torch.cat([x[0], 0.1 * torch.randn(16, 1, generator=rng)], 1) @ TILT]
+        z = torch.randn(len(x) * 16, 5 if plane else 20, generator=rng).view(len(x), 16, -1)
+        return [(x_i, m[0](z_i[:, :m[0][0].in_features])) for x_i, m, z_i in zip(x, members, z)]
+
+    def step(batches, *players):        # of critics, 0, of generators, 1, or of both: first every gradient
+        slopes = 0 in players and row.get("penalty") and not row["weights"]
+        a = torch.rand(2, 16, 1, generator=rng) if slopes else [0, 0]
+        losses = sum(formulas(row, *m[1:], *batch, a_i) for m, batch, a_i in zip(members, batches, a))
+        for i in players:
+            opts[i].zero_grad()
+            losses[i].backward(inputs=weights[i], retain_graph=True)
+        for i in players:
+            opts[i].step()
+        return losses.detach().numpy() / len(members)
+
+    weights = [[p for m in members for net in m[part] if net for p in net.parameters()]
+               for part in (slice(1, 3), slice(1))]
+    opt = torch.optim.RMSprop if name in ("mmdnet", "wgan") else partial(torch.optim.Adam, betas=row["beta"])
+    opts = [own and opt(own, row["lr"]) for own in weights]
+    for _ in range(2):
+        batches, critics = () if plane else draw(), []
+        for _ in range(row.get("critic_steps", 0)):
+            critics.append(step(batches if again else draw(), 0)[0])
+            for p in (p for _, f, _ in members if row.get("clip") for p in f.parameters()):
+                p.data.clamp_(-row["clip"], row["clip"])
+        found = step(draw(batches) if again or plane else batches, *[0] * (row["loss"] == "gram"), 1)
+        logged.append([np.mean(critics or found[0] if len(found) > 2 or critics else math.nan), *found[1:]])
+    train(script, name, "run", 2)
+    _, state, log = kept("run")
+    for key, own in zip(("g.", "players.f.", "players.decoder."), zip(*members)):
+        if own[0]:                      # of a stack padded with zeros
+            own = (ring2d.Stack(own) if plane else own[0]).state_dict()
+            close = {path: torch.allclose(state[tuple((key + path).split(".", 1))], value, rtol=1e-6, atol=1e-7)
+                     for path, value in own.items()}
+            assert all(close.values()), close
+    for column, values in zip(script.COLUMNS, zip(*logged)):
+        assert log[column] == pytest.approx(values, rel=1e-6, abs=1e-9, nan_ok=True), column
+
+
+def test_models_that_diverge(monkeypatch):
+    """One of a stack leaves the others as they were, and the run goes on; a run of one model ends."""
+    networks, _ = ring2d.networks, train(ring2d, "mmdgan", "whole", 6, "2")
+
+    def broken(row, cell):
+        parts = networks(row, cell)
+        parts[0][0].weight.data *= math.nan if cell["z"] in (4, 20) and cell["g"][0] != 10 else 1
+        return parts
+    monkeypatch.setattr(ring2d, "networks", broken)
+    found = [(m["g"][0], m["z"], m["diverged"]) for m in train(ring2d, "mmdgan", "broken", 6, "2")["members"]]
+    assert found == [(5, 2, False), (5, 4, True), (10, 2, False), (10, 4, False)]
+    (step, a, log), (_, b, _) = kept("broken"), kept("whole")
+    assert all(torch.equal(a[path][[0, 2, 3]], b[path][[0, 2, 3]]) for path in a if "network" in path[1])
+    assert step == 6 and np.isfinite(log["loss_g"]).all()
+    with says("no run finished"):
+        run(ring2d, "--method", "gan", "--steps", 6)
+    assert "diverged at update 1: loss_f is nan" in open("runs/ring2d-gan-s0/result.json").read()
+
+
+def test_success():
+    """Samples at each of 7 modes, and far off, of 1,000: 2% at each mode, 80% in all, all finite."""
+    centres, std = ring2d.mixture("ring")
+    for each, far, one, *found in ((21, 190, 9, 8, True), (19, 190, 9, 1, False), (21, 210, 9, 8, False),
+                                   (21, 190, math.nan, 8, False)):
+        y = centres[:7].repeat(each, 1), centres[7:].repeat(1000 - 7 * each - far, 1)
+        y = torch.cat([torch.cat(y) + torch.tensor([0.59, 0]), torch.full((far, 2), 9.0)])
+        y[-1] = one
+        assert [ring2d.coverage(y, centres, std)[key] for key in ("modes", "success")] == found
+
+
+@pytest.mark.parametrize("method, said", [
+    ("gram", "eq. 7"), ("gram-swap", "r = q / p at data"), ("gan", "critic's loss")])
+def test_figure_1(method, said, pictures):
+    """What it says; crosses at the panels: the estimate between batches of the data."""
+    run(ring2d, "--method", method, "--steps", 6)
+    [figure], folder, gram = pictures.values(), f"runs/ring2d-{method}-s0", method != "gan"
+    log, wanted = common.read_log(folder), []
+    assert "update 2: data space" in texts(figure) and f"{said} | " in texts(figure)
+    *curves, crosses = (list(line.get_ydata()) for line in figure.axes[-2].lines)
+    assert curves == [list(log[key]) for key in ("loss_g", "pearson" if gram else "loss_f")]
+    for step in (2, 6) if gram else ():
+        parts = torch.from_numpy(np.load(f"{folder}/points-{step}.npz")["f_x"][0, :80]).split(16)
+        pairs = itertools.permutations(parts, 2)
+        r = torch.stack([plain_objective(method[5:] or "sum", *pair, 1e-3, (1,))[1] for pair in pairs])
+        wanted.append(float((r - 1).square().mean()))
+    assert crosses == pytest.approx(wanted, rel=1e-2)
+
+
+def test_figure_2(pictures, monkeypatch):
+    """Tables of 2 x 2 cells, 2 seeds and two methods, one of them with successes; finished runs are kept."""
+    plain, turn = ring2d.coverage, itertools.count()
+    monkeypatch.setattr(ring2d, "coverage", lambda *a: plain(*a) | dict(success=next(turn) in (0, 2, 3, 4)))
+    run(ring2d, "--figure", 2, "--method", "gram+critic=10", "gan", "--steps", 4, "--seeds", 2)
+    lines = open("runs/ring2d-figure2.md").read().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert [row[:4] for row in rows[2:4]] == [["gram+critic=10", "4", "3", "1"], ["gan", "4", "0", "0"]]
+    assert [row[-1] for row in rows[6:10]] == ["2 of 2", "0 of 2", "1 of 2", "1 of 2"]
+    members = json.load(open("runs/ring2d-figure2-gan/result.json"))["members"]
+    assert [row[:5] for row in rows[10:]] == [
+        [*f"gan {a['g'][0]} {a['z']}".split(), f"{a['modes']} {b['modes']}", f"{a['share']:.2f} {b['share']:.2f}"]
+        for a, b in zip(members[:4], members[4:])]
+    assert texts(pictures["runs/ring2d-figure2-gan/figure2.png"]).count("width ") == 4
+    run(ring2d, "--figure", 2, "--method", "gan", "--steps", 4, "--seeds", 2)
+    assert not os.path.exists("runs/ring2d-figure2-gan-old-1")
+
+
+def test_figure_gamn(pictures):
+    """Its MMD: a mean over the last updates, each of fresh points."""
+    run(ring2d, "--figure", "gamn", "--method", "gmmn", "gmmn+lr=0", "--steps", 8, "--seeds", 2)
+    text, folder = open("runs/ring2d-figuregamn.md").read(), "runs/ring2d-figuregamn-gmmn+lr=0"
+    assert "0.281 0.291 0.289 |" in text and "two samples of the data" in text and len(pictures) == 1
+    mmds = kept(folder)[1]["players", "mmds"].double()
+    own = [m["mmd"] for m in json.load(open(f"{folder}/result.json"))["members"]]
+    assert mmds.unique().numel() == 3 * 6 and mmds.mean(0).tolist() == pytest.approx(own)
+    assert all(f" {common.mean_std(own[i:i + 2], 4)} " in text for i in (0, 2, 4))
+    x, y = torch.randn(2, 9, 2), torch.randn(2, 9, 2) + 1
+    k = mixture(*(sigma ** 2 for sigma in (0.05, 0.1, 0.2, 0.5, 1, 2)))
+    wanted = [float(k(a, a).mean() + k(b, b).mean() - 2 * k(a, b).mean()) ** 0.5 for a, b in zip(x, y)]
+    assert ring2d.average_mmd(x, y).tolist() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_figures_of_scaled_mmd(capsys, pictures):
+    """What is printed, of Figure 1 by the formula 2 - 2 exp(-(theta psi)^2 / 2), and the panels."""
+    for name in ("dirac", "gaussians"):
+        ring2d.main(["--figure", name])
+    printed, found = capsys.readouterr().out, []
+    for scaled in (0, 1):
+        at = torch.tensor([[1, 0.5], [-3, 0.3], [3, 3]], dtype=torch.float64, requires_grad=True)
+        for _ in range(9):
+            loss = (2 - 2 * (-at.prod(1) ** 2 / 2).exp()) / (1.1 + at[:, 1] ** 2) ** scaled
+            at = at + 0.05 * torch.tensor([-1, 1]) * torch.autograd.grad(loss.sum(), at)[0]
+        found += [f"theta {theta:.2g}, psi {psi:.2g} after" for theta, psi in at.tolist()]
+    assert all(end in line for end, line in zip(found, printed.splitlines()))
+    low, _, high = printed.split("over the grid: ")[1].split()
+    assert 0 < float(low) < float(high) <= 1 and "Sobolev: largest gradient" in printed     # SMMD is smaller
+    assert [len(figure.axes) for figure in pictures.values()] == [5, 2, 12]
+
+
+@pytest.mark.parametrize("off, share", [(0.59, 1), (0.61, 0)])
+def test_ring3d_counts(off, share, monkeypatch, pictures):
+    """All samples are so far above one mode."""
+    g = nn.Linear(20, 3)
+    g.weight.data, g.bias.data = torch.zeros(3, 20), torch.tensor([2.0, 0.0, off]) @ TILT.float()
+    monkeypatch.setattr(ring3d, "networks", lambda row: (g, None, None))
+    run(ring3d, "--method", "mmdnet+lr=0", "--steps", 6)
+    found, text = json.load(open("runs/ring3d-mmdnet+lr=0-s0/result.json")), texts(*pictures.values())
+    assert (found["share"], found["modes"], found["samples"]) == (share, share, 500)
+    assert f"{share} of 8 modes" in text and "update 6: data space" in text
+
+
+@pytest.mark.parametrize("script, name, figure", [
+    (ring2d, "gram", "1"), (ring2d, "mmdgan", "1"), (ring2d, "gan", "2"), (ring2d, "gmmn", "gamn"),
+    (ring3d, "gram", "6")])
+def test_a_stopped_run_goes_on_bit_for_bit(script, name, figure):
+    whole = train(script, name, "whole", 9, figure)
+    assert train(script, name, "parts", 9, figure, stop=3) is None and kept("parts")[0] == 3
+    parts = train(script, name, "parts", 9, figure)
+    assert same("whole", "parts") and str(whole | dict(seconds=0)) == str(parts | dict(seconds=0))
+
+
+def test_gram_learns():
+    first, last = (train(ring2d, "gram", f"run{n}", n)["members"][0]["share"] for n in (1, 300))
+    assert first < 0.05 and last > 0.2
+
+
+def test_the_command_line(capsys, pictures):
+    """Files, rows of the log, a row with another key, an earlier run put aside, help, a mistyped row."""
+    run(ring2d, "--method", "gram", "gram+std=0.01", "--steps", 105)
+    folder, other = "runs/ring2d-gram-s0", "runs/ring2d-gram+std=0.01-s0"
+    assert {*os.listdir(folder)} >= {"checkpoint.pt", "common.py", "ring2d.py", "points-105.npz"}
+    assert common.read_log(folder)["step"].tolist() == [*range(1, 101), 102, 104, 105]
+    assert abs(np.linalg.norm(np.load(f"{other}/points-6.npz")["x"][0], axis=1) - 2).max() < 0.05
+    run(ring2d, "--steps", 1)           # ends before its first panel
+    assert os.path.exists(f"{folder}-old-1")
+    for path, figure in pictures.items():
+        SAVE(path, figure)
+    for script in (ring2d, ring3d):
+        with says("found the row 'grom'", "did you mean gram?"):
+            run(script, "--method", "grom")
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            run(script, "--help")
+        assert len(capsys.readouterr().out.splitlines()) <= 70
