@@ -928,7 +928,7 @@ def draw_mixture(centres, std, n, rng):
 def mode_masses(y, centres, std):
     """The share of the samples y [N, D] within 3 std of a mode and nearest to it: [modes]; of NaN, none."""
     distance, mode = torch.cdist(y.nan_to_num(torch.inf), centres).min(1)
-    return torch.bincount(mode[distance < 3 * std], minlength=len(centres)) / len(y)
+    return torch.bincount(mode[distance < 3 * std], minlength=len(centres)).double() / len(y)
 
 
 def draw_images(images, n, rng):

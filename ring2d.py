@@ -272,7 +272,7 @@ def train(name, row, seeds, folder, steps, device, figure="1"):
         x, y = data(n, fixed), g(noise(n, fixed))
         return dict(x=x, y=y, f_x=f(x), f_y=f(y)) if f else dict(x=x, y=y)
 
-    settings = dict(CONSTANTS, row=row, seeds=seeds, device=device.type)
+    settings = dict(CONSTANTS, row=row, seeds=seeds, device=device.type, steps=steps * (figure == "gamn"))
     step = common.load(folder, state, settings)
     update = common.capture(update, rng)
     log.start(step)

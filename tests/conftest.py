@@ -11,6 +11,8 @@ from torch import nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))     # where the scripts are
 import common  # noqa: E402
 
+torch.set_num_threads(1)            # as matrices are small, and so that a run is the same in any process
+
 
 @contextmanager
 def says(*parts):

@@ -66,7 +66,7 @@ def same(a, b):
     *((cifar, name) for name in (
         "gram", "gram-eq9", "gan", "mmdnet", "mmdgan", "mmd-rqdot+nets=dcgan16",
         "mmd-dist+batch=16", "cramer+batch=16+slope=columns", "wgan-gp+nets=dcgan16", "gamn", "gamn-mmd",
-        "gamn-l1", "gmmn-ae+batch=100", "wgan", "smmd", "sn-smmd", "sn-swgan", "sobolev", "sn-mmd-gp-l2",
+        "gamn-l1", "gmmn-ae+batch=100", "wgan", "smmd", "sn-smmd", "sobolev",
         "gram+decay=0.5")),
     *((mnist, name) for name in ("gram", "gcmmd+batch=16", "mmd-rbf")),
     *((celeba, name) for name in ("gram", "mmd-rqdot+batch=4")),

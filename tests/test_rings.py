@@ -130,8 +130,8 @@ def test_two_updates_are_the_papers(script, name, monkeypatch):
     for key, own in zip(("g.", "players.f.", "players.decoder."), zip(*members)):
         if own[0]:                      # of a stack padded with zeros
             own = (ring2d.Stack(own) if plane else own[0]).state_dict()
-            close = {path: torch.allclose(state[tuple((key + path).split(".", 1))], value, rtol=1e-6, atol=1e-7)
-                     for path, value in own.items()}
+            close = {path: torch.allclose(state[tuple((key + path).split(".", 1))], t, rtol=1e-6, atol=1e-7)
+                     for path, t in own.items()}
             assert all(close.values()), close
     for column, values in zip(script.COLUMNS, zip(*logged)):
         assert log[column] == pytest.approx(values, rel=1e-6, abs=1e-9, nan_ok=True), column
@@ -196,8 +196,8 @@ def test_figure_2(pictures, monkeypatch):
     assert [row[-1] for row in rows[6:10]] == ["2 of 2", "0 of 2", "1 of 2", "1 of 2"]
     members = json.load(open("runs/ring2d-figure2-gan/result.json"))["members"]
     assert [row[:5] for row in rows[10:]] == [
-        [*f"gan {a['g'][0]} {a['z']}".split(), f"{a['modes']} {b['modes']}", f"{a['share']:.2f} {b['share']:.2f}"]
-        for a, b in zip(members[:4], members[4:])]
+        ["gan", *map(str, (a["g"][0], a["z"])), f"{a['modes']} {b['modes']}",
+         f"{a['share']:.2f} {b['share']:.2f}"] for a, b in zip(members[:4], members[4:])]
     assert texts(pictures["runs/ring2d-figure2-gan/figure2.png"]).count("width ") == 4
     run(ring2d, "--figure", 2, "--method", "gan", "--steps", 4, "--seeds", 2)
     assert not os.path.exists("runs/ring2d-figure2-gan-old-1")
