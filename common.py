@@ -1042,6 +1042,7 @@ def image_files(folder):
             below.clear()
             continue
         seen.add(real)
+        below.sort()
         files += [f"{at}/{name}" for name in names if name.lower().endswith(IMG_EXTENSIONS)]
     return sorted(files)
 
@@ -1313,6 +1314,8 @@ def setup(device):
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.zeros(1, device=name).device
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("of another type")
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: PyTorch {torch.__version__} cannot use it ({error}); expected "
                          "cpu, or cuda on a machine with a CUDA GPU") from error
@@ -1764,7 +1767,12 @@ def flags(doc, methods, papers, method, steps, images):
     """
     def seeds(text):
         first, colon, last = text.partition(":")
-        return range(int(first), int(last)) if colon else range(int(first))
+        return range(int(first), int(last)) if colon else range(positive(first))
+
+    def positive(text):
+        if int(text) < 1:
+            raise ValueError
+        return int(text)
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -1774,7 +1782,7 @@ def flags(doc, methods, papers, method, steps, images):
     add = parser.add_argument
     add("--method", nargs="+", metavar="NAME", help=f"rows to train side by side (default {method})")
     add("--seeds", type=seeds, default=range(1), metavar="N", help="3: 0, 1, 2; 5:8: 5, 6, 7 (default 1)")
-    add("--steps", type=int, metavar="N", help=f"generator updates (default {steps})")
+    add("--steps", type=positive, metavar="N", help=f"generator updates (default {steps})")
     add("--out", default="runs", metavar="DIR", help="folder for the runs (default runs)")
     add("--resume", action="store_true", help="go on from the checkpoints of the runs")
     add("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")

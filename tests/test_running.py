@@ -157,7 +157,7 @@ def test_rates_that_adapt(tmp_path):
             if failures == patience:
                 models, failures, rate, cuts = [*models, far][-patience:], 0, max(rate / 2, floor), cuts + 1
         assert float(common.rates(state["opt"])[0]) == pytest.approx(rate, rel=1e-6)
-        if i % 10 == 3:
+        if i % 3 == 0:
             common.save(str(tmp_path), 1, state, {})
             state = make()
             common.load(str(tmp_path), state, {})
