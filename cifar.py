@@ -375,8 +375,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     log = common.Log(folder, COLUMNS, steps, device, READINGS)
     K_ratio = kernel(*2 * [torch.zeros(row["batch"], 1, device=device)])     # what the ratio inverts
     state = dict(g=g, opt_g=opt_g, players=players, average=average, rng=rng, log=log)
-    if f:
-        state["opt_f"] = opt_f
+    state |= dict(opt_f=opt_f) if f else {}
 
     def draw(n):
         x = common.draw_images(images, n, rng)
@@ -555,9 +554,8 @@ def bias_figure(images, network, reference):
         for n, row in zip(sizes, values):
             print(f"{n:>9,}{row.mean():>12.5g} ± {row.std():.2g}", flush=True)
 
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
-    figure.suptitle(f"{network.name}; draws with replacement from {len(x):,} training images, "
-                    f"{reference['name']}", fontsize=9)
+    figure, title = Figure(figsize=(11, 3.5), layout="constrained"), f"{len(x):,} training images"
+    figure.suptitle(f"{network.name}; draws with replacement from {title}, {reference['name']}", fontsize=9)
     print(figure.get_suptitle())
     first, second, third = figure.subplots(1, 3)
     panel(first, "KID of training and test images", KID_N, 0,
