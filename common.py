@@ -1563,6 +1563,9 @@ def interleave(runs, command=""):
             turn += 1
             if stop and active:
                 raise KeyboardInterrupt
+        turn = 0
+        if ranks()[1] > 1 and asked():          # in the last updates, before the next of several runs
+            raise KeyboardInterrupt
     return results
 
 
