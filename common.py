@@ -1990,7 +1990,7 @@ def singular_figure(finished):
     grid = figure.subplots(len(kept), depth, squeeze=False, sharey=True)
     for row, (method, steps) in zip(grid, reversed(kept.items())):
         for i, axes in enumerate(row):
-            for place, step in enumerate(sorted(steps)):
+            for place, step in enumerate(sorted(steps) if i < len(next(iter(steps.values()))) else ()):
                 axes.plot(steps[step][i] / steps[step][i].max(), label=f"{step:,}",
                           color=matplotlib.colormaps["viridis"](place / max(len(steps) - 1, 1)))
             axes.set_yscale("log")

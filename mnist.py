@@ -377,7 +377,7 @@ def load_lenet(folder, device):
         network.load_state_dict(kept["weights"])
         print(f"{path}: classifies {kept['accuracy']:.2%} of MNIST's test images rightly")
     except Exception as error:          # whatever its reader stumbles over
-        raise ValueError(f"{path}: no LeNet ({error}); delete it to have it trained anew") from error
+        raise ValueError(f"{path}: no LeNet ({common.first_line(error)}); delete it") from error
     key = hashlib.sha256(np.fromfile(path, np.uint8)).hexdigest()[:8]
     return common.Features(network.eval().to(device), "lenet", key, device)
 
