@@ -80,10 +80,7 @@ DEFAULTS = dict(            # 0, False and "": without
     critic=0,               # outputs of the critic
     critic_steps=0,         # to one of the generator
     burst=False,            # BURST of them now and then
-    opt="adam",             # or rmsprop
-    lr=1e-4,                # learning rate
-    lr_g=0.0,               # the generator's, if another
-    beta=(0.5, 0.999),      # of Adam
+    opt="adam", lr=1e-4, lr_g=0.0, beta=(0.5, 0.999),       # lr_g: the generator's rate, if another
     clip=False,             # critic's weights to CLIP
     penalty=0.0,            # weight of the gradient penalty
     slope="image",          # whose norm the gradient penalty holds: see common.AXES
@@ -356,9 +353,11 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
         return common.scores(network, sample(average, contrast, n), reference, BOOTSTRAP, RESAMPLINGS)
 
     def readings():
+        nonlocal last
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if row["loss"] == "gram" else {}
         if network and (step % SCORE_EVERY == 0 or step == steps):
-            found |= score(SAMPLES)
+            last = score(SAMPLES)
+            found |= last
         if row["decay"] and step % ADAPT_EVERY == 0:
             if network:                 # only rank 0 has one; all processes take its rates
                 found["p"] = state["adaptive"].step(network(sample(g, None, CODES, step))[0])
@@ -372,6 +371,7 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images), size=size,
                     processes=processes)
+    last = {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     log.start(step)
@@ -395,8 +395,9 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
 
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, sample(average, contrast, KEEP).numpy())
-    found = score(samples) if network else {}
-    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **found,
+    if network and last.get("samples") != samples:
+        last = score(samples)
+    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last,
                 **common.machine(device))
 
 

@@ -243,26 +243,20 @@ def sngan_critic(channels, out, width):
     return common.dcgan_init(common.Layers(*layers, nn.Flatten(), nn.Linear(before * 16, out)))
 
 
-def encoder(pixels, hidden, codes):
-    """Encoder of GMMN+AE: images to codes in [0, 1], [N, codes]; dropout as in yujiali/gmmn, train.py."""
-    return nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(pixels, hidden), nn.ReLU(),
-                         nn.Dropout(0.5), nn.Linear(hidden, codes), nn.Sigmoid())
-
-
 def networks(row):
     """Generator, critic and decoder of a row, None for what it has not."""
     nets, out, decoder = NETS[row["nets"]], row["critic"], None
     if not out and (row["loss"] != "mmd" or row["critic_steps"]):
         raise ValueError(f"{row['loss']} with {row['critic_steps']} critic steps: expected +critic=1 or more")
     last = nn.Sigmoid if "unit" in nets else nn.Tanh
-    if "encoder" in nets:               # GMMN+AE: the generator makes codes
-        to_image = last(), nn.Unflatten(1, (3, 32, 32))
+    to_image = last(), nn.Unflatten(1, (3, 32, 32))
+    if "encoder" in nets:               # GMMN+AE: the generator makes codes; dropout: yujiali/gmmn, train.py
+        first, act, end = common.mlp(*nets["encoder"])
         return (nn.Sequential(common.mlp(nets["z"], *nets["mlp"]), nn.Sigmoid()),
-                encoder(*nets["encoder"]),
+                nn.Sequential(nn.Flatten(), nn.Dropout(0.2), first, act, nn.Dropout(0.5), end, nn.Sigmoid()),
                 nn.Sequential(common.mlp(*reversed(nets["encoder"])), *to_image))
     if "mlp" in nets:
-        g = nn.Sequential(common.mlp(nets["z"], *nets["mlp"]), last(), nn.Unflatten(1, (3, 32, 32)))
-        return g, None, None
+        return nn.Sequential(common.mlp(nets["z"], *nets["mlp"]), *to_image), None, None
     if "width" in nets:
         g, f = sngan_generator(nets["z"], 3, nets["width"]), sngan_critic(3, out, nets["width"])
     else:

@@ -1505,11 +1505,11 @@ def interleave(runs, command=""):
     A run that raises RunError ends alone. After a signal all are sent True, and KeyboardInterrupt comes when
     they have saved. Of several processes the runs come one by one, and all stop at the same update.
     """
-    if ranks()[1] > 1 and len(runs) > 1:        # collectives come in the same order everywhere
+    several, cuda = ranks()[1] > 1, torch.cuda.is_initialized()
+    if several and len(runs) > 1:               # collectives come in the same order everywhere
         return {k: v for folder, run in runs.items() for k, v in interleave({folder: run}, command).items()}
-    cuda = torch.cuda.is_initialized()
     streams = {folder: torch.cuda.Stream() if cuda else None for folder in runs}
-    active, results, took, turn = dict(runs), {}, {}, 0
+    active, results, took, turn, stop = dict(runs), {}, {}, 0, False
 
     def now():
         if cuda:
@@ -1524,20 +1524,21 @@ def interleave(runs, command=""):
         for i in range(FIRST):
             began = now() if i == FIRST - TIMED else began
             run.send(None if i == 0 else stop)
-            if signals and ranks()[1] == 1:
+            if signals and not several:
                 return
         took[folder] = 1e3 * (now() - began) / TIMED
 
-    def asked():                                # to stop; processes ask one another now and then
-        if ranks()[1] == 1 or turn % FIRST:
-            return bool(signals) and ranks()[1] == 1
+    def any_asked():                            # any of several processes, to stop
         mine = torch.tensor(float(len(signals)), device="cuda" if cuda else "cpu")
         return bool(averaged(mine)[0] > 0)
 
     with catching():
         while active:
-            with torch.cuda.stream(streams[next(iter(active))]):
-                stop = asked()
+            if not several:
+                stop = bool(signals)
+            elif turn % FIRST == 0:             # now and then
+                with torch.cuda.stream(*streams.values()):
+                    stop = any_asked()
             for folder, run in list(active.items()):
                 try:
                     with torch.cuda.stream(streams[folder]):
@@ -1546,7 +1547,7 @@ def interleave(runs, command=""):
                 except StopIteration as end:
                     results[folder] = end.value
                 except RunError as error:
-                    if ranks()[1] > 1:                      # perhaps of one process alone
+                    if several:                             # perhaps of one process alone
                         raise
                     results[folder] = dict(failed=str(error))
                     print(f"{folder}: {error}", flush=True)
@@ -1563,8 +1564,7 @@ def interleave(runs, command=""):
             turn += 1
             if stop and active:
                 raise KeyboardInterrupt
-        turn = 0
-        if ranks()[1] > 1 and asked():          # in the last updates, before the next of several runs
+        if several and any_asked():             # in the last updates, before the next of several runs
             raise KeyboardInterrupt
     return results
 
@@ -1855,8 +1855,7 @@ def run(main):
 
 def command(argv):
     """The command line as a user types it; argv as main() got it."""
-    number = ranks()[1]
-    start = ["python"] if number == 1 else ["torchrun", f"--nproc-per-node={number}"]
+    start = ["python"] if ranks()[1] == 1 else ["torchrun", f"--nproc-per-node={ranks()[1]}"]
     return shlex.join([*start, os.path.basename(sys.argv[0]), *(sys.argv[1:] if argv is None else argv)])
 
 
@@ -1990,8 +1989,9 @@ def singular_figure(finished):
     grid = figure.subplots(len(kept), depth, squeeze=False, sharey=True)
     for row, (method, steps) in zip(grid, reversed(kept.items())):
         for i, axes in enumerate(row):
-            for place, step in enumerate(sorted(steps) if i < len(next(iter(steps.values()))) else ()):
-                axes.plot(steps[step][i] / steps[step][i].max(), label=f"{step:,}",
+            there = [(step, layers[i]) for step, layers in sorted(steps.items()) if i < len(layers)]
+            for place, (step, values) in enumerate(there):
+                axes.plot(values / values.max(), label=f"{step:,}",
                           color=matplotlib.colormaps["viridis"](place / max(len(steps) - 1, 1)))
             axes.set_yscale("log")
             axes.set_title(f"{method}, layer {i + 1}", fontsize=8)

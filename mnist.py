@@ -66,15 +66,10 @@ DEFAULTS = dict(            # 0, False and "": without
     form="sum",             # of gram: common.gram_objective
     ridge=1e-3,             # of gram's density ratio; JuliaGRAM's
     kernel="li",            # of kernels()
-    critic=0,               # outputs of the critic
-    critic_steps=0,         # to one of the generator
-    opt="adam",             # or rmsprop
-    lr=1e-4,                # learning rate
-    lr_g=0.0,               # the generator's, if another
-    beta=(0.5, 0.999),      # of Adam
+    critic=0, critic_steps=0,               # outputs of the critic; its steps to one of the generator
+    opt="adam", lr=1e-4, lr_g=0.0, beta=(0.5, 0.999),       # lr_g: the generator's rate, if another
     clip=False,             # critic's weights to CLIP
-    penalty=0.0,            # weight of the gradient penalty
-    slope="image",          # whose norm the gradient penalty holds: see common.AXES
+    penalty=0.0, slope="image",             # weight of the gradient penalty, whose norm it holds: common.AXES
     activation=0.0,         # weight of the penalty on the activations of all layers
     spectral="",            # fixed or learned gains of spectrally normalised weights
     scale=10.0,             # of smmd: Scaled MMD, section 4
@@ -279,10 +274,15 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         z = nets["noise"](n, nets["z"], torch.Generator().manual_seed(seed)).to(device)
         return common.draw_samples(nn.Sequential(g, decoder) if codes else g, z)
 
+    def score(n):
+        return common.scores(network, sample(n), reference, BOOTSTRAP, RESAMPLINGS)
+
     def readings():
+        nonlocal last
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if gram and shown else {}
         if network and (step % SCORE_EVERY == 0 or step == steps):
-            found |= common.scores(network, sample(SAMPLES), reference)
+            last = score(SAMPLES)
+            found |= last
         if "adaptive" in state and step % ADAPT_EVERY == 0:
             found["p"] = state["adaptive"].step(network(sample(CODES, step))[0])
             found["lr_g"] = round(float(common.rates(opt_g)[0]), 10)
@@ -291,7 +291,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     if row["decay"] and network:
         x, _ = network(images[:CODES])
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
-    settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images))
+    settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images)), {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     for _ in range(ENCODE if codes and step == 0 else 0):
@@ -316,12 +316,12 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         if stop or step % SAVE_EVERY == 0 or step == steps:
             common.save(folder, step, state, settings)
 
-    y = sample(samples)
     with common.replacing(f"{folder}/samples.npy") as file:
-        np.save(file, y.numpy())
-    found = common.scores(network, y, reference, BOOTSTRAP, RESAMPLINGS) if network else {}
-    result = dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds)
-    return result | found | common.machine(device)
+        np.save(file, sample(samples).numpy())
+    if network and last.get("samples") != samples:      # of a table, or of a finished run that is resumed
+        last = score(samples)
+    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last,
+                **common.machine(device))
 
 
 class LeNet(nn.Module):

@@ -1,5 +1,4 @@
 """The mathematics against independent oracles: double loops, closed forms, numpy, finite differences."""
-import math
 
 import numpy as np
 import pytest

@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pytest
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 
