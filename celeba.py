@@ -2,6 +2,7 @@
 
     python celeba.py --method sn-smmd                   4 hours on an H200, 3 with sn-smmd+precision=bf16
     python celeba.py --set celeba64 --method gram gan   at 64x64, side by side; --set lsun: bedrooms
+    python celeba.py --set ./photos --method gram       any folder of images, as squares of 64x64
     python celeba.py --table scaled                     the methods of a paper's table beside its numbers
     python celeba.py --figure singular                  Scaled MMD, Figure 2b; scores: Figure 2a
     torchrun --nproc-per-node=2 celeba.py --set lsun    on two GPUs, a batch of 64 on each
@@ -11,6 +12,7 @@ Images are those of data/celeba/img_align_celeba and data/lsun, of which arrays 
 A run goes to runs/celeba-SET-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt,
 result.json; the curves of all runs of a command are runs/celeba-curves.png.
 """
+import hashlib
 import os
 from functools import partial
 
@@ -31,9 +33,8 @@ CLIP = 0.01                 # OctoberChang/MMD-GAN, as the next: critic steps at
 BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500
 ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt, and samples for it; window, patience, level,
 ADAPT = (10, 3, 0.1, 1e-6)              # floor: Demystifying MMD GANs, section 5, and its code's scorer.py
-SAMPLES = 10_000            # to score during training
-FINAL = 25_000              # to score at the end, except with --table; Demystifying MMD GANs
-KEEP = 1_000                # in samples.npy
+SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score, if neither --samples nor --table says
+KEEP = 1_000                # of them in samples.npy
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
 SCORE_EVERY = 10_000        # and a grid of samples
@@ -51,11 +52,13 @@ SETS = {
     "lsun":      dict(array="lsun64", side=64, size=64, folder="lsun", method="mmd-rqdot"),
 }
 CELEBA = dict(train=(1, 162_770), val=(162_771, 182_637), test=(182_638, 202_599))  # list_eval_partition.txt
+OWN = dict(side=64, size=64, method="gram")         # a folder's, of any images
 HELD_OUT = 25_000           # images of LSUN to score against: Demystifying MMD GANs, section 5
 
 # Widths of generator and critic, size of their filters, norms behind the critic's first convolution and the
 # others, noise; unit: pixels are in [0, 1] instead of [-1, 1]; start: size of residual_generator's first
-# layer. common.dcgan_critic names the sources. GRAM's Tables 5 and 6 are of 32x32: one more layer is ours.
+# layer for images of 160x160; it is 4 for 64x64, as in imagenet.py. common.dcgan_critic names the sources.
+# GRAM's Tables 5 and 6 are of 32x32: one more layer is ours.
 NORMAL, UNIFORM, BATCH = common.normal_noise, common.uniform_noise, common.batch_norm
 DEEP = dict(g=(1024, 512, 256, 128, 64), start=5, f=(64, 128, 256, 512, 1024), kernel=5, norms=(None,))
 DCGAN = dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512), kernel=5, norms=(None,), z=128, noise=UNIFORM)
@@ -95,7 +98,7 @@ DEFAULTS = dict(            # 0, False and "": without
     precision="tf32",       # or bf16: all layers but the last in bfloat16
     average=3,              # samples come from averaged weights, those of update t count as t^3; this, the
     contrast=True,          # data's contrast and, at 64x64,
-    mirror=True,            # mirrored data are ours: see README.md
+    mirror=True,            # mirrored data are ours: results/cifar.md
 )
 NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd swgan sobolev".split(),
              form=["", *"sum mean clip swap flow".split()], kernel="li gmmn rq rqdot distance unit".split(),
@@ -142,6 +145,7 @@ METHODS = {
         "wgan":         dict(CLIPPED, nets="wgan", loss="wasserstein", critic=1),
     },
 }
+METHODS["own"] = METHODS["celeba160"] | METHODS["lsun"] | METHODS["celeba64"]      # of a folder: all at 64x64
 
 # A paper's tables: the set, the number of samples, ours for GRAM, and of each row Inception score, FID, KID
 TABLES = {
@@ -162,7 +166,7 @@ TABLES = {
 }
 FIGURES = {"scores": ["mmd-rqdot", "wgan-gp", "sn-gan", "sobolev", "smmd", "sn-smmd", "sn-swgan"],
            "singular": ["smmd", "sn-smmd"]}             # their rows; Scaled MMD, Figures 2a and 2b
-CURVES = {"all": [(name, "update") for name in ("fd", "kid", "loss_g", "spread")],
+CURVES = {"all": [(name, "update") for name in ("loss_f", "loss_g", "fd", "kid", "isc", "spread")],
           "scores": [(name, over) for over in ("update", "second") for name in ("fd", "kid", "isc")]}
 CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
 
@@ -177,18 +181,31 @@ def celeba_files(files, split):
     return [file for file, number in zip(files, ids) if first <= number <= last]
 
 
-def lsun_files(files, split):
-    """LSUN's image files of a split: "test" is each tenth, of many each n-th, "train" all others."""
-    each = max(10, len(files) // HELD_OUT)
+def tenth_files(files, split):
+    """Image files of a split: "test" is each tenth, of few two at least, of many each n-th; "train" the rest.
+    """
+    each = max(1, min(10, len(files) // 2), len(files) // HELD_OUT)
     return [file for i, file in enumerate(files) if (i % each == 0) == (split == "test")]
 
 
-def load_set(name, data):
+def find_set(name):
+    """Of a set of SETS or a folder of images: (a name for runs, its METHODS, a dict as in SETS)."""
+    if name in SETS:
+        return name, METHODS[name], SETS[name]
+    if not os.path.isdir(name):
+        raise ValueError(f"--set {name}: found no such folder, expected {', '.join(SETS)}, or a folder")
+    path = os.path.realpath(name)
+    stem = f"{os.path.basename(path)}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    return stem, METHODS["own"], dict(OWN, array=stem, folder=path)
+
+
+def load_set(own, data):
     """The images of a set to train on, uint8 [N, 3, side, side], and the path of those to score against."""
-    own, files = SETS[name], lsun_files if name == "lsun" else celeba_files
-    folder, side = f"{data}/{own['folder']}", own["side"]
+    folder, side = os.path.join(data, own["folder"]), own["side"]
+    faces = own["folder"] == FACES
+    files = celeba_files if faces else tenth_files
     train, test = f"{data}/{own['array']}-train.npy", f"{data}/{own['array']}-test.npy"
-    if name != "lsun" and common.ranks()[0] == 0 and not os.path.exists(train) and not os.path.exists(folder):
+    if faces and common.ranks()[0] == 0 and not os.path.exists(train) and not os.path.exists(folder):
         try:
             torchvision.datasets.CelebA(data, download=True)
         except Exception as error:      # whatever its hosts and its unpacking raise
@@ -215,7 +232,8 @@ def networks(row, size):
     """Generator, critic and decoder of a row for images of size x size, None for what it has not."""
     nets, out, decoder = NETS[row["nets"]], row["critic"], None
     last = nn.Sigmoid if "unit" in nets else nn.Tanh
-    g = (common.residual_generator(nets["z"], nets["g"], 3, last, size, nets["start"]) if "start" in nets else
+    start = nets.get("start") if size == 160 else 4
+    g = (common.residual_generator(nets["z"], nets["g"], 3, last, size, start) if "start" in nets else
          common.dcgan_generator(nets["z"], nets["g"], 3, nets["kernel"], last, size))
     f = common.dcgan_critic(3, nets["f"], out, nets["kernel"], nets["norms"], size)
     if row["autoencoder"]:
@@ -283,11 +301,12 @@ def generator_loss(row, f, kernel, x, y):
     return loss, h_x, h_y
 
 
-def train(name, row, seed, folder, steps, device, images, size, network=None, reference=None, samples=FINAL):
+def train(name, row, seed, folder, steps, device, images, size, network=None, reference=None,
+          samples=SAMPLES["cuda"]):
     """One run, a generator: it yields after each update, is sent whether to save, and returns its result.
 
     images: uint8 [N, 3, H, W], on the device or mapped; size: of their crops to train on; network, reference:
-    of common.scores, or None; samples: how many to score at the end.
+    of common.scores, or None; samples: how many to score.
     """
     torch.manual_seed(seed)             # the same networks in all processes, but other noise and other data:
     rank, processes = common.ranks()
@@ -305,7 +324,7 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
     K_ratio = kernel(*2 * [torch.zeros(row["batch"], 1, device=device)])     # what the ratio inverts
     players.register_buffer("multiplier", torch.zeros((), device=device))       # sobolev's
     state = dict(g=g, opt_g=opt_g, players=players, opt_f=opt_f, average=average, rng=rng, draws=draws,
-                 log=log)
+                 log=log) | (dict(contrast=contrast) if contrast else {})
 
     def draw():
         x = common.crop_images(inputs, size, rng) if crops else inputs
@@ -349,14 +368,14 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
         z = nets["noise"](n, nets["z"], torch.Generator().manual_seed(seed))
         return common.draw_samples(image, z.to(device))
 
-    def score(n):
-        return common.scores(network, sample(average, contrast, n), reference, BOOTSTRAP, RESAMPLINGS)
+    def score():
+        return common.scores(network, sample(average, contrast, samples), reference, BOOTSTRAP, RESAMPLINGS)
 
     def readings():
         nonlocal last
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if row["loss"] == "gram" else {}
         if network and (step % SCORE_EVERY == 0 or step == steps):
-            last = score(SAMPLES)
+            last = score()
             found |= last
         if row["decay"] and step % ADAPT_EVERY == 0:
             if network:                 # only rank 0 has one; all processes take its rates
@@ -371,7 +390,7 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images), size=size,
                     processes=processes)
-    last = {}
+    last, constant = {}, dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     log.start(step)
@@ -395,27 +414,36 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
 
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, sample(average, contrast, KEEP).numpy())
-    if network and last.get("samples") != samples:
-        last = score(samples)
-    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last,
+    if network and not last:            # of a finished run that is resumed
+        last = score()
+    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last, **constant,
                 **common.machine(device))
 
 
 def main(argv=None):
     parser = common.flags(__doc__, (), {}, "sn-smmd", STEPS, "those, fetched")
-    parser.epilog += "".join(f"\n--set {name}:\n  {' '.join(rows)}" for name, rows in METHODS.items())
-    parser.add_argument("--set", choices=SETS, default="celeba160", help="default celeba160, or the table's")
+    parser.epilog += "".join(f"\n--set {name}:\n  {' '.join(METHODS[name])}" for name in SETS)
+    parser.epilog += "\n--set FOLDER:\n  all of these, at 64x64"
+    parser.add_argument("--set", metavar="NAME", type=os.path.expanduser,
+                        help=f"{', '.join(SETS)} or a folder of images (default celeba160, or the table's)")
     parser.add_argument("--table", choices=TABLES, help="train, score a paper's rows; finished ones are kept")
     parser.add_argument("--figure", choices=FIGURES, help="draw a paper's figure; finished runs are kept")
     args = parser.parse_args(argv)
     common.join(args.device)
-    chosen, samples, table = TABLES.get(args.table, (args.set, FINAL, {}))
-    names = args.method or list(table) or FIGURES.get(args.figure) or [SETS[chosen]["method"]]
-    rows = dict(common.find_row(name, METHODS[chosen], DEFAULTS, NAMES) for name in names)
-    size, steps = SETS[chosen]["size"], args.steps or STEPS
+    where, samples, table = TABLES.get(args.table, (args.set or "celeba160", 0, {}))
+    if args.set not in (None, where):
+        raise ValueError(f"--table {args.table}: found --set {args.set}, expected {where}, or no --set")
+    chosen, methods, own = find_set(where)
+    names = args.method or table or FIGURES.get(args.figure) or [own["method"]]
+    rows = dict(common.find_row(name, methods, DEFAULTS, NAMES) for name in names)
+    most, size, steps = max(row["batch"] for row in rows.values()), own["size"], args.steps or STEPS
 
     device = common.setup(args.device)
-    images, path = load_set(chosen, args.data)
+    samples = args.samples or samples or SAMPLES[device.type]
+    images, path = load_set(own, args.data)
+    if chosen not in SETS and len(images) < most:
+        raise ValueError(f"{own['folder']}: found {len(images)} images to train on, expected {most} or "
+                         "more, a batch; add images, or name a smaller batch with --method NAME+batch=N")
     network = common.load_features(args.features, device)
     reference = common.load_reference(path, network, size if images.shape[-1] > size else None)
     images = common.to_device(images, device)
@@ -427,7 +455,7 @@ def main(argv=None):
         common.show(name, row, *networks(row, size))
         if row["decay"] and network is None:
             print(f"{name}: without a feature network its learning rates stay as they are")
-    print(f"{steps:,} updates on {common.machine(device)}\n{common.log_head(COLUMNS + READINGS)}")
+    print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, size, network, reference,
                                                    samples) for run in runs}, common.command(argv))
     paper = {name: text for where, _, own in TABLES.values() if where == chosen for name, text in own.items()}

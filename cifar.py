@@ -5,8 +5,9 @@
     python cifar.py --method gram+critic=8 smmd+lr=2e-4     a row with other values of its keys, see DEFAULTS
     python cifar.py --table scaled                          the methods of a paper's table beside its numbers
     python cifar.py --figure scores                         scores over training, updates and seconds
+    python cifar.py --draw results/gram-cifar10.pt          samples of a trained generator, in seconds
 
-Expect a Frechet distance of 29 ± 3 from gram on EfficientNet-Lite0 features (FID has others; see README.md).
+Expect a Frechet distance of 29 ± 3 from gram on EfficientNet-Lite0 features, no FID: results/cifar.md.
 A run goes to runs/cifar-METHOD-sSEED/: samples-UPDATE.png, samples.npy, log.csv, checkpoint.pt, result.json;
 the curves of all runs of a command are runs/cifar-curves.png.
 """
@@ -34,7 +35,7 @@ BURST, BURST_UNTIL, BURST_EVERY = 100, 25, 500      # MMD-GAN's critic steps: at
 ENCODE, ENCODE_BATCH = 20_000, 100      # steps of GMMN+AE's autoencoder, all at first; GMMN's go by layers
 ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt, and samples for it; window, patience, level,
 ADAPT = (10, 3, 0.1, 1e-6)              # floor: Demystifying MMD GANs, section 5, and its code's scorer.py
-SAMPLES = 10_000            # to keep and to score, except with --table
+SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score and to keep, if neither --samples nor --table says
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
 LOG_EVERY = 200
 SCORE_EVERY = 20_000        # and a grid of samples; a figure may have its own
@@ -83,15 +84,15 @@ DEFAULTS = dict(            # 0, False and "": without
     decay=0.0,              # of rates that adapt to KID
     batch=64,               # of data and of samples, in all papers but GMMN's
     average=3,              # samples come from averaged weights, those of update t count as t^3; this, the
-    contrast=True, mirror=True,             # data's contrast, and mirrored data are ours: see README.md
+    contrast=True, mirror=True,             # data's contrast, and mirrored data are ours: results/cifar.md
 )
 NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd swgan sobolev".split(),
              form=["", "sum", "mean", "clip", "swap", "flow"], opt=["adam", "rmsprop"], slope=[*common.AXES],
              kernel="li rbf gmmn rq rqdot dot distance unit".split(), weights=["", "l1", "l2", "l2-all"],
              spectral=["", "fixed", "learned"])
 
-# README.md says how rates and ridges of gram were found; 8 and 16 are OctoberChang/MMD-GAN's; GAMN names no
-# weights, rates or steps: they are WGAN-GP's or ours.
+# results/cifar.md says how gram's rates and ridges were found; 8 and 16 are OctoberChang/MMD-GAN's; GAMN names
+# no weights, rates or steps: they are WGAN-GP's or ours.
 GRAM = dict(loss="gram", form="swap", critic=128, lr=4e-4)
 PRINTED = dict(GRAM, ridge=1e-3, lr=5e-5)                       # the paper's rate, JuliaGRAM's ridge
 LI = dict(critic=128, critic_steps=5, opt="rmsprop", lr=5e-5, clip=True, burst=True)
@@ -193,7 +194,7 @@ FIGURES = {
     "bias": dict(method=[]),                        # Demystifying MMD GANs, Figure 1 and appendix D.2
     "noise": dict(method=[]),                       # its appendix E, with digits where it has ImageNet
 }
-CURVES = {"all": [(name, "update") for name in ("fd", "mean_r", "condition", "spread")],
+CURVES = {"all": [(name, "update") for name in ("loss_f", "loss_g", "fd", "mean_r", "condition", "spread")],
           "scores": [(name, over) for over in ("update", "second") for name in ("fd", "kid", "isc")],
           "gamn": [(name, "update") for name in ("loss_g", "kid", "isc")]}
 ESTIMATES = 100             # for each n of --figure bias, Demystifying MMD GANs, Figure 1
@@ -282,21 +283,15 @@ def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
     else:
         h_x, h_y = common.both(f, x, y, outputs)
     match row["loss"]:
-        case "gan":
-            loss = common.gan_critic(h_x, h_y)
-        case "wasserstein":
-            loss = -common.wasserstein(h_x, h_y)
-        case "cramer":
-            loss = -common.cramer(h_x, h_y)
-        case "mmd":
-            loss = -common.mmd(*common.gram(kernel, h_x, h_y))
-        case "mmd2":
-            loss = -common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+        case "gan": loss = common.gan_critic(h_x, h_y)
+        case "wasserstein": loss = -common.wasserstein(h_x, h_y)
+        case "cramer": loss = -common.cramer(h_x, h_y)
+        case "mmd": loss = -common.mmd(*common.gram(kernel, h_x, h_y))
+        case "mmd2": loss = -common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
         case "smmd":
             squared = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
             loss = -common.smmd2(squared, J, row["scale"])
-        case "swgan":
-            loss = -common.swgan(h_x, h_y, J, row["scale"])
+        case "swgan": loss = -common.swgan(h_x, h_y, J, row["scale"])
         case "sobolev":
             objective, omega = common.sobolev(h_x, h_y, J, multiplier.clone(), row["rho"])
             loss = -objective
@@ -329,19 +324,14 @@ def generator_loss(row, f, kernel, x, y):
         else:
             h_x, h_y = common.both(f, x, y)
     match row["loss"]:
-        case "gan":
-            loss = common.gan_generator(h_y)
-        case "wasserstein" | "sobolev":
-            loss = common.wasserstein(h_x, h_y)
-        case "mmd":
-            loss = common.mmd(*common.gram(kernel, h_x, h_y))
-        case "mmd2" | "cramer":
-            loss = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+        case "gan": loss = common.gan_generator(h_y)
+        case "wasserstein" | "sobolev": loss = common.wasserstein(h_x, h_y)
+        case "mmd": loss = common.mmd(*common.gram(kernel, h_x, h_y))
+        case "mmd2" | "cramer": loss = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
         case "smmd":
             squared = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
             loss = common.smmd2(squared, J, row["scale"])
-        case "swgan":
-            loss = common.swgan(h_x, h_y, J, row["scale"])
+        case "swgan": loss = common.swgan(h_x, h_y, J, row["scale"])
     if row["feasible"]:
         loss = loss + row["feasible"] * common.feasible_set(h_x, h_y)
     if row["data_mmd"]:
@@ -349,12 +339,46 @@ def generator_loss(row, f, kernel, x, y):
     return loss, h_x, h_y
 
 
-def train(name, row, seed, folder, steps, device, images, network=None, reference=None, samples=SAMPLES,
-          every=SCORE_EVERY):
+@torch.no_grad()
+def sample(row, g, decoder, contrast, n, seed=0):
+    """n images, uint8 [n, 3, 32, 32] on the CPU, that a row's generator g makes of a seed's noise."""
+    def image(z):                       # in [0, 1]
+        y = decoder(g(z)) if row["nets"] == "gmmn-ae" else g(z)
+        y = y if "unit" in nets else (y + 1) / 2
+        return contrast(y) if contrast else y
+
+    nets = NETS[row["nets"]]
+    z = nets["noise"](n, nets["z"], torch.Generator().manual_seed(seed))
+    return common.draw_samples(image, z.to(next(g.parameters()).device))
+
+
+def draw(path, device):
+    """What sample() takes of a checkpoint, or of its part in results/: row, generator, decoder, contrast."""
+    try:
+        kept = torch.load(path, map_location="cpu", weights_only=True)
+        row, state = kept["settings"]["row"], kept["state"]
+        g, _, decoder = networks(row)
+        g = common.Average(g, row["average"]) if row["average"] else g
+        g.load_state_dict(state["average"])
+        contrast = common.Contrast(torch.zeros(1, 3, 1, 1)) if row["contrast"] else None
+        if contrast:
+            contrast.load_state_dict(state["contrast"])
+        if decoder:
+            decoder.load_state_dict({key.removeprefix("decoder."): value for key, value in
+                                     state["players"].items() if key.startswith("decoder.")})
+    except Exception as error:          # whatever its reader stumbles over
+        raise ValueError(f"{path}: found no checkpoint of cifar.py ({common.first_line(error)}); expected "
+                         "runs/cifar-METHOD-sSEED/checkpoint.pt or results/gram-cifar10.pt") from error
+    print(f"{path}: {kept['step']:,} updates of {kept.get('about', row['loss'])}")
+    return row, g.to(device), decoder and decoder.to(device), contrast and contrast.to(device)
+
+
+def train(name, row, seed, folder, steps, device, images, network=None, reference=None,
+          samples=SAMPLES["cuda"], every=SCORE_EVERY):
     """One run, a generator: it yields after each update, is sent whether to save, and returns its result.
 
     images: uint8 [N, 3, 32, 32] on the device; network, reference: of common.scores, or None; samples: how
-    many to keep and to score at the end; every: so many updates samples are scored and shown.
+    many to score and to keep; every: so many updates they are scored and shown.
     """
     torch.manual_seed(seed)
     nets, codes = NETS[row["nets"]], row["nets"] == "gmmn-ae"
@@ -370,6 +394,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     K_ratio = kernel(*2 * [torch.zeros(row["batch"], 1, device=device)])     # what the ratio inverts
     state = dict(g=g, opt_g=opt_g, players=players, average=average, rng=rng, log=log)
     state |= dict(opt_f=opt_f) if f else {}
+    state |= dict(contrast=contrast) if contrast else {}
 
     def draw(n):
         x = common.draw_images(images, n, rng)
@@ -405,25 +430,19 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         if row["average"]:
             average.follow(g)
 
-    def sample(generator, contrast, n, seed=0):         # uint8 [n, 3, 32, 32] of a seed's noise
-        def image(z):
-            y = decoder(generator(z)) if codes else generator(z)
-            y = y if "unit" in nets else (y + 1) / 2
-            return contrast(y) if contrast else y
-        z = nets["noise"](n, nets["z"], torch.Generator().manual_seed(seed))
-        return common.draw_samples(image, z.to(device))
-
-    def score(n):
-        return common.scores(network, sample(average, contrast, n), reference, BOOTSTRAP, RESAMPLINGS)
+    def score():
+        y = sample(row, average, decoder, contrast, samples)
+        return common.scores(network, y, reference, BOOTSTRAP, RESAMPLINGS)
 
     def readings():
         nonlocal last
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if row["loss"] == "gram" else {}
         if network and (step % every == 0 or step == steps):
-            last = score(SAMPLES)
+            last = score()
             found |= last
         if "adaptive" in state and step % ADAPT_EVERY == 0:
-            found["p"] = state["adaptive"].step(network(sample(g, None, CODES, step))[0])
+            y = sample(row, g, decoder, None, CODES, step)
+            found["p"] = state["adaptive"].step(network(y)[0])
             found["lr_g"] = round(float(common.rates(opt_g)[0]), 10)
         return found
 
@@ -431,6 +450,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         x, _ = network(images[:CODES])
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images)), {}
+    constant = dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     for _ in range(ENCODE if codes and step == 0 else 0):
@@ -449,7 +469,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         if step % LOG_EVERY == 0 or step == steps:
             log.row(step, readings)
         if step % every == 0 or step == steps:
-            common.save_grid(f"{folder}/samples-{step}.png", sample(average, contrast, 128))
+            common.save_grid(f"{folder}/samples-{step}.png", sample(row, average, decoder, contrast, 128))
             if f:
                 with common.replacing(f"{folder}/singular-{step}.npz") as file:
                     np.savez(file, *common.singular_values(f))
@@ -458,10 +478,10 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
             common.save(folder, step, state, settings)
 
     with common.replacing(f"{folder}/samples.npy") as file:
-        np.save(file, sample(average, contrast, samples).numpy())
-    if network and last.get("samples") != samples:      # of a table, or of a finished run that is resumed
-        last = score(samples)
-    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last,
+        np.save(file, sample(row, average, decoder, contrast, samples).numpy())
+    if network and not last:            # of a finished run that is resumed
+        last = score()
+    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last, **constant,
                 **common.machine(device))
 
 
@@ -480,9 +500,11 @@ def sweep_figure(finished, sweeps):
                 [drawn] = axes.loglog(line, means, label=base)
                 axes.scatter([v for v, _ in points], [fd for _, fd in points], s=12, color=drawn.get_color())
                 axes.set_xticks(values, [f"{value:g}" for value in values])
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("{x:g}")
                 axes.legend(fontsize=7)
         axes.set(xlabel=axis, ylabel="Fréchet distance")
-        axes.minorticks_off()
+        axes.tick_params(axis="x", which="minor", bottom=False)
     return figure
 
 
@@ -641,13 +663,21 @@ def main(argv=None):
     parser = common.flags(__doc__, METHODS, PAPERS, "gram", STEPS, "those, fetched")
     parser.add_argument("--table", choices=TABLES, help="train and score a paper's rows; finished ones stay")
     parser.add_argument("--figure", choices=FIGURES, help="draw a paper's figure; finished runs stay")
+    parser.add_argument("--draw", metavar="FILE", help="samples of a checkpoint: a grid, and --samples")
     args = parser.parse_args(argv)
-    samples, table = TABLES.get(args.table, (SAMPLES, {}))
     chosen = dict(method=["gram"], steps=STEPS, every=SCORE_EVERY) | FIGURES.get(args.figure, {})
-    names, steps = args.method or list(table) or chosen["method"], args.steps or chosen["steps"]
-    rows = dict(row_of(name) for name in names)
+    steps, table = args.steps or chosen["steps"], TABLES.get(args.table, (0, {}))
+    rows = dict(row_of(name) for name in args.method or table[1] or chosen["method"])
 
     device = common.setup(args.device)
+    if args.draw:
+        y = sample(*draw(args.draw, device), max(args.samples or 0, 128), args.seeds[0])
+        common.save_grid(f"{args.out}/cifar-draw.png", y[:128])
+        if args.samples:
+            with common.replacing(f"{args.out}/cifar-draw.npy") as file:
+                np.save(file, y[:args.samples].numpy())
+        return print(f"{args.out}/cifar-draw.png", f"{args.out}/cifar-draw.npy" if args.samples else "")
+    samples = args.samples or table[0] or SAMPLES[device.type]
     images = common.load_images("cifar10", "train", args.data).to(device)
     common.load_images("cifar10", "test", args.data)
     network = common.load_features(args.features, device)
@@ -669,7 +699,7 @@ def main(argv=None):
         common.show(name, row, *networks(row))
         if row["decay"] and network is None:
             print(f"{name}: without a feature network its learning rates stay as they are")
-    print(f"{steps:,} updates on {common.machine(device)}\n{common.log_head(COLUMNS + READINGS)}")
+    print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples,
                                                    chosen["every"]) for run in runs}, common.command(argv))
     print(f"\n{common.score_table(runs, results, PAPER)}\n")

@@ -57,10 +57,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.inception import BasicConv2d
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
-try:
+with suppress(ImportError):         # not on Windows
     import fcntl
-except ImportError:         # on Windows
-    fcntl = None
 
 # ---- Kernels -----------------------------------------------------------------------------------------------
 
@@ -79,8 +77,7 @@ def squared_distances(x, y):
 def gaussian(x, y, sigma):
     """Gaussian kernels exp(-|x_i - y_j|^2 / 2 sigma^2), a slice for each bandwidth (Li et al. 2017, sec. 3).
 
-    x [..., N, D], y [..., M, D], sigma [S] in the units of x; returns [..., S, N, M]. The usual mixture is
-    their sum.
+    x [..., N, D], y [..., M, D], sigma [S] in the units of x; returns [..., S, N, M], whose sum is usual.
     """
     return torch.exp(squared_distances(x, y)[..., None, :, :] * (-0.5 / sigma.square())[:, None, None])
 
@@ -161,12 +158,36 @@ def mmd(K_xx, K_xy, K_yy):
     return (mmd2(K_xx, K_xy, K_yy).clamp(min=0) + 1e-6).sqrt()
 
 
+def two_sample_test(x, y, kernel=None, permutations=1000, seed=0):
+    """Squared unbiased MMD of x [N, D] and y [M, D], and the p-value of "they have one law": two floats.
+
+    x and y are tensors, arrays or lists, kernel as in gram; without it Gaussian, its bandwidth the median
+    distance of the pooled points. p is (1 + the number of permutations of the pooled points whose MMD is as
+    large) / (1 + permutations), from one Gram matrix (Gretton et al. 2012, section 5). Raises ValueError.
+    """
+    x, y = (torch.as_tensor(s, dtype=torch.float64) for s in (x, y))
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
+        raise ValueError(f"found {list(x.shape)} and {list(y.shape)}, expected [N, D] and [M, D], N, M > 1")
+    pooled, N, M, rng = torch.cat([x, y]), len(x), len(y), torch.Generator().manual_seed(seed)
+    sigma = torch.pdist(pooled).median().clamp(min=1e-100)
+    K = (kernel or partial(gaussian, sigma=sigma[None]))(pooled, pooled).sum(0).fill_diagonal_(0)
+    in_x = (torch.arange(N + M) < N).double().to(K)                 # 1 for points of x, 0 for those of y
+    orders = [in_x, *(in_x[torch.randperm(N + M, generator=rng)] for _ in range(permutations))]
+    Z = torch.stack(orders)                                         # [1 + permutations, N + M]
+    K_xx, K_x = ((Z @ K) * Z).sum(1), Z @ K.sum(1)
+    K_xy, K_yy = K_x - K_xx, K.sum() - 2 * K_x + K_xx
+    squared = K_xx / (N * (N - 1)) + K_yy / (M * (M - 1)) - 2 * K_xy / (N * M)
+    as_large = squared >= squared[0] - 1e-12 * K.abs().max()        # but for rounding; the first is its own 1
+    return float(squared[0]), float(as_large.double().mean())
+
+
 # ---- Density ratios, and GRAM's critic ---------------------------------------------------------------------
 
 def density_ratio(K_qq, K_qp, ridge):
-    """Density ratio r = p / q at the points of q by kernel mean matching, mean over bandwidths (GRAM, eq. 8).
+    """Density ratio r = p / q at q's points: density_ratio(K_yy, K_xy.mT, ridge) of gram's (GRAM, eq. 8).
 
-    K_qq [..., S, M, M], K_qp [..., S, M, N]; returns r [..., M], which solves (K_qq + ridge I) r =
+    K_qq [..., S, M, M], K_qp [..., S, M, N], a row for each point of q; returns r [..., M], the mean over
+    bandwidths, by kernel mean matching. It solves (K_qq + ridge I) r =
     (M / N) K_qp 1; NaN where that matrix is not positive definite. The paper prints no M / N (it has M = N)
     and no ridge: JuliaGRAM adds 1e-3 (src/kmm.jl), GRAMFlow nothing. With one, r are the values at y of the
     function w that minimises mean(w(y)^2) / 2 - mean(w(x)) + ridge / (2 M) |w|^2 (KuLSIF; Kanamori et al.
@@ -187,6 +208,21 @@ def density_ratio(K_qq, K_qp, ridge):
     return (r_0 + P @ (b - A @ r_0)).squeeze(-1).mean(-2).to(K_qq.dtype)
 
 
+def ratio_at(points, x, y, sigma, ridge):
+    """Density ratio p / q of x ~ p to y ~ q at other points, by density_ratio's function w: [T] in float64.
+
+    points [T, D], x [N, D], y [M, D] are tensors, arrays or lists; Gaussian kernels of bandwidth sigma, a
+    number or several, whose ratios are averaged. w minimises what density_ratio says, so ridge w(t) =
+    (M / N) sum_j k(t, x_j) - sum_i r_i k(t, y_i) with r_i = w(y_i); ridge > 0.
+    """
+    t, x, y = (torch.as_tensor(s, dtype=torch.float64) for s in (points, x, y))
+    found = []
+    for s in torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1):
+        r = density_ratio(gaussian(y, y, s), gaussian(y, x, s), ridge)
+        found.append((gaussian(t, x, s)[0].mean(1) * len(y) - gaussian(t, y, s)[0] @ r) / ridge)
+    return torch.stack(found).mean(0)
+
+
 def condition(K, ridge):
     """The largest condition number of K + ridge I, which density_ratio inverts, over kernels K [S, N, N]."""
     values = torch.linalg.eigvalsh(K.double().cpu()) + ridge
@@ -197,8 +233,7 @@ def pearson(r):
     """Estimate mean((r - 1)^2) of the Pearson divergence from r = p / q at samples of q (GRAM, eq. 7).
 
     r [..., N], returns [...]. Fitted to the same points it is no lower bound: a critic raises it by spreading
-    its features over many bandwidths (results/ring2d-pearson.md). From r = q / p at data it estimates the
-    divergence with p and q exchanged.
+    its features over many bandwidths (results/rings.md). r = q / p at data: p and q are exchanged.
     """
     return (r - 1).square().mean(-1)
 
@@ -216,12 +251,11 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
     swap    pearson(r) + lam sum(r)     q / p at x    GRAM, eq. 9 with p and q exchanged; ours, for images
     flow    mean(r)                     q / p at x    GRAMFlow.ipynb, the authors' code for CIFAR-10
 
-    E_q[p / q] = E_p[q / p] = 1 for EVERY critic: sum(r) and mean(r) estimate a constant and are no
-    divergence. They teach the critic through what the finite sample does to the estimate: the mean of r at y
-    is near 0 where x is far from y, and above 1 where x is in the middle of y. So "sum" and "mean" spread the
-    samples around the data, and the generator draws its samples together; "swap" and "flow" spread the data
-    around the samples, and the generator spreads them. pearson(r) can always be raised by variance. Where all
-    of K_xy is 0 so is r, the dead end of "clip". Raises ValueError for another form.
+    E_q[p / q] = E_p[q / p] = 1 for EVERY critic: sum(r) and mean(r) estimate a constant. They teach through
+    what the finite sample does to the estimate: the mean of r at y is near 0 where x is far from y, above 1
+    where x is in the middle of y. So "sum" and "mean" spread the samples around the data, and the generator
+    draws them together; "swap" and "flow" spread the data around the samples, and the generator spreads them.
+    pearson(r) can be raised by variance. Where K_xy is 0 so is r, the dead end of "clip". Raises ValueError.
     """
     if form in AT_DATA:
         r = density_ratio(K_xx, K_xy, ridge)        # the notebook's denominator block is the data
@@ -242,19 +276,15 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
 # ---- GAN ---------------------------------------------------------------------------------------------------
 
 def gan_critic(d_x, d_y):
-    """A discriminator's loss, the mean of -log s(d_x) plus the mean of -log(1 - s(d_y)): [...].
+    """A discriminator's loss, mean(-log s(d_x)) + mean(-log(1 - s(d_y))), s the logistic function: [...].
 
-    Logits d_x [..., N, 1] of data, d_y [..., M, 1] of samples, s the logistic function (Goodfellow et al.
-    2014, eq. 1; JuliaGRAM takes half of it).
+    Logits d_x [..., N, 1] of data, d_y [..., M, 1] of samples (Goodfellow et al. 2014; JuliaGRAM: its half).
     """
     return F.softplus(-d_x).mean((-2, -1)) + F.softplus(d_y).mean((-2, -1))
 
 
 def gan_generator(d_y):
-    """A generator's non-saturating loss, the mean of -log s(d_y): [...].
-
-    Logits d_y [..., M, 1] of samples, s the logistic function (Goodfellow et al. 2014, section 3).
-    """
+    """A generator's non-saturating loss, mean(-log s(d_y)), of logits d_y [..., M, 1] of samples: [...]."""
     return F.softplus(-d_y).mean((-2, -1))
 
 
@@ -401,8 +431,7 @@ def sobolev(f_x, f_y, J, multiplier, rho):
     """What the Sobolev GAN's critic maximises, and how far E|grad f(x)|^2 is above 1, Omega: ([...], [...]).
 
     wasserstein - multiplier Omega - rho / 2 Omega^2; the multiplier grows by rho Omega at each step (Mroueh
-    et al. 2018, Algorithm 1, mu = P as in Scaled MMD, section 4; the released code has mu = (P + Q) / 2 and
-    never moves it). Arguments as in swgan.
+    et al. 2018, Algorithm 1, mu = P as in Scaled MMD, section 4; its code: mu = (P + Q) / 2, never moved).
     """
     omega = J.square().sum((-2, -1)).mean(-1) - 1
     return wasserstein(f_x, f_y) - multiplier * omega - rho / 2 * omega.square(), omega
@@ -469,8 +498,7 @@ def gradient_constrained_mmd2(h_x, h_y, h_m, J, lam):
 
     h_x [..., N, K], h_y [..., M', K] features of data and samples; h_m [..., M, K] and J [..., M, K, D]
     features and Jacobians at the points of mu, which are the data in the paper. Returns the square [...] and
-    the function from features h_t [..., T, K] to the critic's values [..., T], whose gradient under mu is
-    held.
+    the function from features h_t [..., T, K] to the values [..., T] of the critic that is so held.
 
     With delta = [eta; grad eta], eta the witness, at the points of mu, G their M (1 + D) Gram matrix of
     values and derivatives, and c = M lam, the paper has the square (MMD^2 - delta^T (G + c I)^-1 delta) /
@@ -577,8 +605,7 @@ def similarity(K_xy, K_yy):
 
     K_xy and K_yy [m, m] in float64, points paired by index. u: the mean over i != j of h_ij = k(y_i, y_j) -
     k(x_i, y_j) - k(x_j, y_i). variance: the unbiased estimate of its variance, (4 (m - 2) zeta_1 + 2 zeta_2)
-    / (m (m - 1)), zeta_1 = E h_12 h_13 - E h_12 h_34, zeta_2 = E h_12^2 - E h_12 h_34 (Hoeffding 1948). rows
-    [m]: the mean of k(x_i, y_j) over j.
+    / (m (m - 1)), zeta_1 = E h_12 h_13 - E h_12 h_34, zeta_2 = E h_12^2 - E h_12 h_34. rows: means of K_xy.
     """
     m = len(K_xy)
     h = (K_yy - K_xy - K_xy.T).fill_diagonal_(0)
@@ -784,8 +811,7 @@ def dcgan_critic(channels, widths, out, kernel=4, norms=(batch_norm, batch_norm)
     """DCGAN critic: images [N, channels, size, size] to [N, out].
 
     Convolutions of stride 2, each with a norm and LeakyReLU 0.2, then a linear layer. norms: those behind the
-    first convolutions, the last of them behind all further ones, None for none. Sizes are halved and rounded
-    up; where one is odd the kernel has to be.
+    first convolutions, the last of them behind all further ones, None for none. Odd sizes need an odd kernel.
 
     widths                kernel  norms               source
     (32, 64, 128)         4       batch, batch        GRAM, Table 6; (32, 32, 64) Table 7
@@ -810,9 +836,8 @@ class Residual(nn.Module):
 
     up: norm, ReLU, nearest neighbours, convolution to b, norm, ReLU, convolution; beside it a convolution of
     1x1 and the neighbours. Otherwise ReLU, convolution of a to a, ReLU, convolution to b, mean of each 2x2;
-    beside it the mean and a convolution of 1x1 (Gulrajani et al. 2017, gan_64x64.py). Weights of 3x3 are
-    uniform with variance 4 / (fan_in + fan_out) where there is a norm, as in that file; without one, as in
-    Scaled-MMD-GAN, and in the shortcut, with half of that (Glorot).
+    beside it the mean and a convolution of 1x1 (Gulrajani et al. 2017, gan_64x64.py). Weights are Glorot's,
+    as in Scaled-MMD-GAN, those of 3x3 with a norm of twice that variance, as in that file.
     """
 
     def __init__(self, a, b, up, norm=None):
@@ -877,28 +902,24 @@ class Average(nn.Module):
             mean.lerp_(p, w)
 
 
-class Contrast:
+class Contrast(nn.Module):
     """A batch of samples y [N, C, H, W] in [0, 1] with brightness and contrast of images, uint8 [M, C, H, W].
 
-    std (y - mean(y)) / std(y) + mean: a mean for each channel, one std around them for all. A critic with
-    batch norm behind its first convolution cannot see these C + 1 numbers, if it normalises data and samples
-    apart: f(a y + b_c) = f(y) for every a > 0 and, but for the images' border, b_c. So its generator drifts.
+    std (y - mean(y)) / std(y) + mean: a mean for each channel, one std for all. A critic with batch norm of
+    data and samples apart behind its first convolution cannot see these C + 1 numbers: its generator drifts.
     """
 
     def __init__(self, images):
+        super().__init__()
         n = images[:, 0].numel()
         mean, square = (sum((part.double() / 255).pow(k).sum((0, 2, 3)) for part in images.split(5_000)) / n
                         for k in (1, 2))
-        self.mean, self.std = mean.float()[:, None, None], float((square - mean.square()).mean().sqrt())
+        self.register_buffer("mean", mean.float()[:, None, None])
+        self.register_buffer("std", (square - mean.square()).mean().sqrt().float())
 
-    def __call__(self, y):
+    def forward(self, y):
         y = y - y.mean((0, 2, 3), keepdim=True)
         return self.std / y.square().mean().sqrt().clamp(min=1e-6) * y + self.mean
-
-
-def count(network):
-    """Number of a network's parameters, 0 for None."""
-    return sum(p.numel() for p in network.parameters()) if network else 0
 
 
 # ---- Data: all that is random comes from a run's own torch.Generator ---------------------------------------
@@ -976,22 +997,19 @@ def take(x, index):
 
 
 def progress(what, parts, total, size=len):
-    """Yield parts and say every five seconds how many of all have gone by, and the time left."""
+    """Yield parts and say every five seconds, later less often, how many are done, and the time left."""
     done, began, said = 0, time.perf_counter(), time.perf_counter()
     for part in parts:
         yield part
         done, now = done + size(part), time.perf_counter()
-        if now - said > 5:
+        if now - said > max(5, (now - began) / 20):
             said, rate = now, done / (now - began)
             left = (total - done) / rate
             print(f"{what}: {done:,} of {total:,}, {rate:,.0f}/s, {left:,.0f} s left", flush=True)
 
 
-SETS = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}
-
-
 def load_images(name, split, folder):
-    """The images of FOLDER/NAME-SPLIT.npy, uint8 [N, C, H, W]; name: of SETS, split: "train" or "test".
+    """The images of FOLDER/NAME-SPLIT.npy, uint8 [N, C, H, W], of name "mnist" or "cifar10".
 
     A missing file is built from torchvision's download, with its labels in FOLDER/NAME-SPLIT-labels.npy.
     """
@@ -999,7 +1017,8 @@ def load_images(name, split, folder):
     if not os.path.exists(path):
         print(f"{path} is not there: torchvision downloads {name}", flush=True)
         try:
-            data = SETS[name](f"{folder}/torchvision", train=split == "train", download=True)
+            make = dict(mnist=torchvision.datasets.MNIST, cifar10=torchvision.datasets.CIFAR10)[name]
+            data = make(f"{folder}/torchvision", train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise OSError(f"{path}: not there, and torchvision cannot download it ({error}); go online, put "
                           "uint8 [N, C, H, W] there, or name its folder with --data") from error
@@ -1036,14 +1055,15 @@ def open_image(path):
 
 def image_files(folder):
     """The image files in a folder and below, sorted; links are followed, each folder is visited once."""
-    files, seen = [], set()
+    files, seen, known = [], set(), Image.registered_extensions()
+    ends = (*IMG_EXTENSIONS, *(end for end, name in known.items() if name in Image.OPEN))     # all PIL reads
     for at, below, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(at)) in seen:
             below.clear()
             continue
         seen.add(real)
         below.sort()
-        files += [f"{at}/{name}" for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+        files += [f"{at}/{name}" for name in names if name.lower().endswith(ends)]
     return sorted(files)
 
 
@@ -1053,8 +1073,6 @@ def squares(files, side):
     for file in files:
         try:
             image = open_image(file)
-            if min(image.size) < side:
-                raise ValueError(f"{image.width}x{image.height}, expected {side}x{side} or more")
             square = pil_to_tensor(center_crop(image, min(image.size)))
             found.append(resize(square, [side, side], antialias=True)[None])
         except Exception as error:              # whatever its decoder stumbles over
@@ -1099,6 +1117,7 @@ def to_device(images, device):
 
 def read_images(path):
     """Images to score, uint8 [N, C, H, W], of an .npy file or of a folder of images of one size."""
+    path = os.fspath(path)
     if not os.path.isdir(path):
         return read_array(path)
     images = [pil_to_tensor(open_image(file)) for file in image_files(path)]
@@ -1113,7 +1132,7 @@ def read_images(path):
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth")        # FID's network, in torchvision's keys
 FID_KEY, FID_NAME = "6726825d", "inception-2015-12-05"      # its SHA-256's start, what scores call it
-SCORE_PRECISION = "ieee"    # of feature networks' convolutions on a GPU; "tf32" is faster: see README.md
+SCORE_PRECISION = "ieee"    # of feature networks' convolutions on a GPU; "tf32" is faster: results/metrics.md
 
 
 def first_line(error):
@@ -1242,8 +1261,8 @@ def load_features(path, device):
         if path:
             raise ValueError(f"{path}: cannot be loaded ({first_line(error)}); expected weights of FID's "
                              "network (.pth) or a torch.export file (.pt2)") from error
-        print(f"samples are not scored: FID's network cannot be fetched ({first_line(error)}); {INCEPTION}\n"
-              f"belongs there: {file}; or name a network with --features FILE", flush=True)
+        print(f"FID's network cannot be fetched ({first_line(error)}): samples are kept, not scored.\n"
+              f"To score, name another one with --features FILE, or copy {INCEPTION}\nto {file}", flush=True)
         return None
     finally:
         logging.disable(logging.NOTSET)
@@ -1259,6 +1278,7 @@ def load_reference(path, network, side=None):
     """
     if network is None:
         return None
+    path = os.fspath(path)
     stem = path.rstrip("/").removesuffix(".npy") + (f"-{side}" if side else "")
     kept, found = f"{stem}-{network.name}-{network.key}.pt", {}
     files = [(file, os.stat(file)) for file in (image_files(path) if os.path.isdir(path) else [path])]
@@ -1336,8 +1356,7 @@ def join(device):
     """Join the processes that torchrun has started, if it has started several, before setup().
 
     device: of --device. Each takes a GPU of its own, or all the CPU, and has other noise and other data;
-    descend() takes the mean of their gradients (the block estimator of Scaled MMD, section 4). The first
-    alone prints and writes.
+    descend() takes the mean of their gradients (Scaled MMD, section 4). The first alone prints and writes.
     """
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available() and device != "cpu"
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -1403,10 +1422,9 @@ class AdaptiveRate:
     """Learning rates that fall when a model gets no nearer to the data (Binkowski et al. 2018, section 4.1).
 
     x: features [m, D] of training images; key: which network's. step(y), with those of as many new samples,
-    tests y against the model of `window` steps before and returns the p-value, None without such a model.
-    p > level is a failure; `patience` of them in a row multiply the rates by decay, not below floor. As in
-    mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on by one, a failure leaves the old
-    model where it is, and a cut keeps the last `patience` models, the present one among them.
+    tests y against the model of `window` steps before and returns the p-value, None without such a model. p >
+    level is a failure; `patience` of them in a row multiply the rates by decay, not below floor. A success
+    moves the window on by one, a failure does not, a cut keeps the last `patience` models (its scorer.py).
     """
 
     def __init__(self, optimizers, x, key, decay, window, patience, level, floor):
@@ -1442,10 +1460,9 @@ class AdaptiveRate:
 def capture(update, rng):
     """update() as a function that replays it as one CUDA graph; on a CPU update itself.
 
-    Three calls are ordinary updates, in which cuDNN keeps the fastest algorithm for each convolution; the
-    fourth is recorded, and replayed from then on. update() draws from rng alone, branches on no tensor and
-    copies nothing to the host. Call it after load(), and under interleave: graphs captured on one stream
-    share a workspace, and side by side turn to NaN.
+    Three calls are ordinary updates, in which cuDNN tries all its algorithms; the fourth is recorded, and
+    replayed from then on. update() draws from rng alone, branches on no tensor and copies nothing to or from
+    the host. Call it after load() and under interleave: graphs of one stream, side by side, turn to NaN.
     """
     if rng.device.type == "cpu":
         return update
@@ -1599,7 +1616,7 @@ locked = {}                                             # folders that this proc
 
 def lock(folder):
     """Hold a folder, if its file system has locks; raises ValueError if another process holds it."""
-    if fcntl is None:
+    if "fcntl" not in globals():
         return
     with suppress(KeyError):
         os.close(locked.pop(folder))
@@ -1639,8 +1656,7 @@ def save(folder, step, state, settings, check=True):
     """Write FOLDER/checkpoint.pt: a run's step, its settings, and its state.
 
     state: {name: module, optimizer, torch.Generator or what has a state_dict}; generators of each process.
-    Raises RunError, and the checkpoint before stays, if a weight is not finite; check False: of a stack,
-    whose members diverge one by one.
+    Raises RunError, and the checkpoint before stays, if a weight is not finite; check False: of a stack.
     """
     weights = (p for s in state.values() if check and isinstance(s, nn.Module) for p in s.parameters())
     if not all(p.isfinite().all() for p in weights):
@@ -1750,9 +1766,13 @@ class Log:
             self.unshown[:], self.shown = 0, (step, now)
 
 
-def log_head(columns):
-    """The head of the rows that Log prints."""
-    return f"{'run':<28}{'update':>9}{''.join(f'{c:>11}' for c in columns)}{'updates/s':>11}{'min left':>11}"
+def log_head(columns, steps, device, samples=0, network=None, reference=None):
+    """The head of the rows that Log prints, below what is run: updates, device, and what scores are of."""
+    of = "; not scored: the same command with --resume --features FILE does it later" if samples else ""
+    of = f"; scores of {samples:,} samples by {network.name} against {reference['name']}" if network else of
+    names = "".join(f"{column:>11}" for column in (*columns, "updates/s", "min left"))
+    return (f"{steps:,} updates on {', PyTorch '.join(machine(device).values())}{of}\n"
+            f"{'run':<28}{'update':>9}{names}")
 
 
 def read_log(folder):
@@ -1786,12 +1806,15 @@ def flags(doc, methods, papers, method, steps, images):
     add("--method", nargs="+", metavar="NAME", help=f"rows to train side by side (default {method})")
     add("--seeds", type=seeds, default=range(1), metavar="N", help="3: 0, 1, 2; 5:8: 5, 6, 7 (default 1)")
     add("--steps", type=positive, metavar="N", help=f"generator updates (default {steps})")
-    add("--out", default="runs", metavar="DIR", help="folder for the runs (default runs)")
+    path = os.path.expanduser           # of ~, which a shell leaves in --out=~/DIR
+    add("--out", type=path, default="runs", metavar="DIR", help="folder for the runs (default runs)")
     add("--resume", action="store_true", help="go on from the checkpoints of the runs")
     add("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
     if images:
-        add("--data", default="data", metavar="DIR", help="folder of the arrays (default data)")
-        add("--features", metavar="FILE",
+        add("--data", type=path, default="data", metavar="DIR", help="folder of the arrays (default data)")
+        add("--samples", type=positive, metavar="N",
+            help="samples to score and to keep (default 10000; on a CPU 2000; of a table its paper's)")
+        add("--features", type=path, metavar="FILE",
             help="network to score with: a torch.export file (.pt2) from uint8 [N, 3, H, W] to features "
                  f"[N, D], or weights (.pth) of FID's Inception network (default: {images})")
     return parser
@@ -1869,8 +1892,9 @@ def machine(device):
 def show(name, row, *networks):
     """Print a row, all of its keys that are not off, and the parameters of generator, critic and decoder."""
     keys = " ".join(f"{key}={written(value)}" for key, value in row.items() if value not in (0, "", ()))
-    counts = zip(("generator", "critic", "decoder"), map(count, networks))
-    print(f"{name}: {keys}; parameters:", ", ".join(f"{what} {n:,}" for what, n in counts if n), flush=True)
+    counts = [f"{what} {sum(p.numel() for p in network.parameters()):,}"
+              for what, network in zip(("generator", "critic", "decoder"), networks) if network]
+    print(f"{name}: {keys}; parameters: {', '.join(counts)}", flush=True)
 
 
 def table(head, rows):
@@ -1888,29 +1912,32 @@ def mean_std(values, digits=1):
 
 
 def score_table(runs, results, paper):
-    """The scores of runs as text, mean ± std over seeds, beside the paper's, {name: text}.
+    """The scores of runs as text, mean ± std over seeds, beside the paper's, {name: "IS, FID, KID"}.
 
-    results: of interleave, with the keys of scores().
+    results: of interleave, with the keys of scores(). A column that would be empty is left out.
     """
     scored = next((result for result in results.values() if "fd" in result), None)
     what, fid, rows = "not scored", scored and scored["features"] == FID_NAME, []
     if scored:
-        what = f"{scored['features']}; {scored['samples']:,} samples against {scored['reference']}"
-    shown = dict(isc=("Inception score" if fid else "score of its logits", 1, 2),
-                 fd=("FID" if fid else "Fréchet distance", 1, 1), kid=("KID×1,000", 1_000, 1),
-                 fd_bootstrap=("bootstrap, biased upward", 1, 1), milliseconds=("ms an update alone", 1, 2))
+        what = f"{scored['samples']:,} samples, {scored['features']}, against {scored['reference']}"
+    shown = dict(fd=("FID" if fid else "Fréchet distance", 1), fd_bootstrap=("bootstrap, biased upward", 1),
+                 kid=("KID", 4), isc=("Inception score" if fid else "logit score (not IS)", 2),
+                 milliseconds=("ms an update alone", 2))
     for name in dict.fromkeys(run.name for run in runs):
         own = {run.seed: results[run.folder] for run in runs if run.name == name}
         done = [result for result in own.values() if "failed" not in result]
         failed = [f"seed {seed} {result['failed']}" for seed, result in own.items() if "failed" in result]
-        cells = [mean_std([scale * result[key] for result in done if result.get(key) is not None], digits)
-                 for key, (_, scale, digits) in shown.items()]
-        updates = max((result["updates"] for result in done), default=0)
-        rows.append([name, f"{updates:,}", "; ".join([f"{len(done)} of {len(own)}", *failed]), *cells,
-                     paper.get(name, "-")])
-    head = ["method", "updates", "seeds finished", *(name for name, *_ in shown.values()),
-            "the paper: Inception score, FID, KID"]
-    return f"{what}; mean ± std over seeds\n\n{table(head, rows)}"
+        cells = [mean_std([result[key] for result in done if result.get(key) is not None], digits)
+                 for key, (_, digits) in shown.items()]
+        isc, distance, kid, *_ = [*paper.get(name, "").split(", "), "", "", ""]
+        rows.append([name, f"{max((result['updates'] for result in done), default=0):,}",
+                     "; ".join([f"{len(done)} of {len(own)}", *failed]), *cells,
+                     *(cell or "-" for cell in (distance, kid, isc))])
+    head = ["method", "updates", "seeds", *(name for name, _ in shown.values()),
+            "the paper's FID", "the paper's KID", "the paper's Inception score"]
+    full = [i for i, cells in enumerate(zip(*rows)) if set(cells) != {"-"}]
+    return (f"{what}; mean ± std over seeds\n\n"
+            + table([head[i] for i in full], [[row[i] for i in full] for row in rows]))
 
 
 # ---- Figures -----------------------------------------------------------------------------------------------
@@ -1943,7 +1970,8 @@ def scatter_panel(axes, x, y, title):
 
 TITLES = dict(fd="Fréchet distance to the test images", kid="KID", mean_r="mean of r",
               isc="Inception score, by the feature network's logits", loss_g="generator's loss",
-              condition="condition number of K + ridge I", spread="variance of f(x) over variance of f(y)")
+              loss_f="critic's loss", condition="condition number of K + ridge I",
+              spread="variance of f(x) over variance of f(y)")
 LOGARITHMIC = ("fd", "mean_r", "condition", "spread")       # others can be negative, or vary little
 
 

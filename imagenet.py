@@ -25,9 +25,8 @@ SIGMA = (1, 2, 4, 8, 16)    # bandwidths of gram: Li et al. 2017, GRAM, section 
 LAMBDA = 1.0                # GRAM, eq. 9
 ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt, and samples for it: Scaled MMD, section 4;
 ADAPT = (10, 3, 0.1, 1e-6)              # window, patience, level, floor: mbinkowski/MMD-GAN, scorer.py
-SAMPLES = 10_000            # to score during training
-FINAL = 50_000              # to score at the end; Scaled MMD
-KEEP = 5_000                # in samples.npy
+SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score, without --samples; Scaled MMD has 50,000
+KEEP = 5_000                # of them in samples.npy
 BOOTSTRAP, RESAMPLINGS = 50_000, 10     # of the distance, if so many are scored
 LOG_EVERY = 200
 SCORE_EVERY = 10_000        # and a grid of samples
@@ -56,7 +55,7 @@ DEFAULTS = dict(            # 0, False and "": without
     batch=64,               # of data and of samples, on each GPU; the mean of an MMD a GPU is the loss
     precision="tf32",       # or bf16: all layers but the last in bfloat16
     average=3,              # samples come from averaged weights, those of update t count as t^3; this and the
-    contrast=True,          # data's contrast are ours: see README.md
+    contrast=True,          # data's contrast are ours: results/cifar.md
 )
 NAMES = dict(nets=list(NETS), loss=["gram", "gan", "smmd"], form=["", *"sum mean clip swap flow".split()],
              kernel=["li", "unit"], spectral=["", "fixed", "learned"], precision=["tf32", "bf16"])
@@ -71,7 +70,7 @@ METHODS = {
 # Inception score, FID, KID of Table 1b, whose SN-GAN is Miyato et al.'s, of 250,000 updates
 PAPER = {"sn-smmd": "10.91, 36.6, .035", "sn-gan": "11.16, 47.5, .044"}
 
-CURVES = {"all": [(name, "update") for name in ("fd", "kid", "loss_g", "spread")]}
+CURVES = {"all": [(name, "update") for name in ("loss_f", "loss_g", "fd", "kid", "isc", "spread")]}
 CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
 
 
@@ -133,11 +132,12 @@ def generator_loss(row, f, kernel, x, y):
     return loss, h_x, h_y
 
 
-def train(name, row, seed, folder, steps, device, images, network=None, reference=None, samples=FINAL):
+def train(name, row, seed, folder, steps, device, images, network=None, reference=None,
+          samples=SAMPLES["cuda"]):
     """One run, a generator: it yields after each update, is sent whether to save, and returns its result.
 
     images: uint8 [N, 3, SIZE, SIZE], on the device or mapped; network, reference: of common.scores, or None;
-    samples: how many to score at the end.
+    samples: how many to score.
     """
     torch.manual_seed(seed)             # the same networks in all processes, but other noise and other data:
     rank, processes = common.ranks()
@@ -153,6 +153,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     log = common.Log(folder, COLUMNS, steps, device, READINGS)
     K_ratio = kernel(*2 * [torch.zeros(row["batch"], 1, device=device)])     # what the ratio inverts
     state = dict(g=g, opt_g=opt_g, f=f, opt_f=opt_f, average=average, rng=rng, draws=draws, log=log)
+    state |= dict(contrast=contrast) if contrast else {}
 
     def draw():
         return inputs / 255, g(nets["noise"](row["batch"], nets["z"], rng))
@@ -189,13 +190,15 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         z = nets["noise"](n, nets["z"], torch.Generator().manual_seed(seed))
         return common.draw_samples(image, z.to(device))
 
-    def score(n):
-        return common.scores(network, sample(average, contrast, n), reference, BOOTSTRAP, RESAMPLINGS)
+    def score():
+        return common.scores(network, sample(average, contrast, samples), reference, BOOTSTRAP, RESAMPLINGS)
 
     def readings():
+        nonlocal last
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if row["loss"] == "gram" else {}
         if network and (step % SCORE_EVERY == 0 or step == steps):
-            found |= score(SAMPLES)
+            last = score()
+            found |= last
         if row["decay"] and step % ADAPT_EVERY == 0:
             if network:                 # only rank 0 has one; all processes take its rates
                 found["p"] = state["adaptive"].step(network(sample(g, None, CODES, step))[0])
@@ -209,6 +212,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images),
                     processes=processes)
+    last, constant = {}, dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     log.start(step)
@@ -229,8 +233,9 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
 
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, sample(average, contrast, KEEP).numpy())
-    found = score(samples) if network else {}
-    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **found,
+    if network and not last:            # of a finished run that is resumed
+        last = score()
+    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last, **constant,
                 **common.machine(device))
 
 
@@ -241,6 +246,7 @@ def main(argv=None):
     rows = dict(common.find_row(name, METHODS, DEFAULTS, NAMES) for name in names)
 
     device = common.setup(args.device)
+    samples = args.samples or SAMPLES[device.type]
     train_path, val_path = (f"{args.data}/imagenet64-{split}.npy" for split in ("train", "val"))
     images = common.load_folder(train_path, f"{args.data}/imagenet/train", SIZE)
     common.load_folder(val_path, f"{args.data}/imagenet/val", SIZE)
@@ -255,8 +261,8 @@ def main(argv=None):
         common.show(name, row, *networks(row))
         if row["decay"] and network is None:
             print(f"{name}: without a feature network its learning rates stay as they are")
-    print(f"{steps:,} updates on {common.machine(device)}\n{common.log_head(COLUMNS + READINGS)}")
-    results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, FINAL)
+    print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
+    results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples)
                                  for run in runs}, common.command(argv))
     print(f"\n{common.score_table(runs, results, PAPER)}\n")
 

@@ -5,7 +5,7 @@
     python mnist.py --figure gcmmd                      Figure 6 of Scaled MMD: 9 minutes on an H200
     python mnist.py --method gamn wgan-gp gmmn+lr=2e-3  side by side; a row with other keys, see DEFAULTS
 
-Expect digits from gram by update 3,000, and a Frechet distance of 60 to 120 at the end, by a LeNet that is
+Expect digits from gram by update 3,000, and a Frechet distance of 60 to 360 at the end, by a LeNet that is
 trained once, in 80 s on a CPU core, and kept in data/: that is no FID, and another LeNet has another one.
 A run goes to runs/mnist-METHOD-sSEED/: samples-UPDATE.png (data above samples), figure8.png, samples.npy,
 log.csv, checkpoint.pt, result.json; the curves of all runs of a command are runs/mnist-curves.png.
@@ -32,7 +32,7 @@ LAMBDA, CLIP = 1.0, 0.01    # GRAM, eq. 9; WGAN
 ENCODE, ENCODE_BATCH = 10_000, 100      # steps of GMMN+AE's autoencoder, all at first; GMMN's go by layers
 ADAPT_EVERY, CODES = 500, 2_048         # of rates that adapt (Scaled MMD: 2,000), and samples for it; window,
 ADAPT = (10, 3, 0.1, 1e-6)              # patience, level, floor: Demystifying MMD GANs, section 5, its code
-SAMPLES = 10_000            # to keep and to score, except with --table
+SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score and to keep, if neither --samples nor --table says
 BOOTSTRAP, RESAMPLINGS = 100_000, 10    # of the distance, if so many are scored; as Demystifying MMD GANs
 LENET_EPOCHS, LENET_BATCH, LENET_RATE = 2, 64, 2e-3     # ours: 99.3 % of the test images, as the tutorial's
 LOG_EVERY = 100
@@ -172,16 +172,11 @@ def critic_loss(row, f, decoder, kernel, x, y, rng):
     else:
         h_x, h_y = common.both(f, x, y, outputs)
     match row["loss"]:
-        case "gan":
-            loss = common.gan_critic(h_x, h_y)
-        case "wasserstein":
-            loss = -common.wasserstein(h_x, h_y)
-        case "cramer":
-            loss = -common.cramer(h_x, h_y)
-        case "mmd":
-            loss = -common.mmd(*common.gram(kernel, h_x, h_y))
-        case "mmd2":
-            loss = -common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+        case "gan": loss = common.gan_critic(h_x, h_y)
+        case "wasserstein": loss = -common.wasserstein(h_x, h_y)
+        case "cramer": loss = -common.cramer(h_x, h_y)
+        case "mmd": loss = -common.mmd(*common.gram(kernel, h_x, h_y))
+        case "mmd2": loss = -common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
         case "smmd":
             mmd2 = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
             loss = -common.smmd2(mmd2, J, row["scale"])
@@ -207,14 +202,10 @@ def generator_loss(row, f, kernel, x, y):
         else:
             h_x, h_y = common.both(f, x, y)
     match row["loss"]:
-        case "gan":
-            loss = common.gan_generator(h_y)
-        case "wasserstein":
-            loss = common.wasserstein(h_x, h_y)
-        case "mmd":
-            loss = common.mmd(*common.gram(kernel, h_x, h_y))
-        case "mmd2" | "cramer":
-            loss = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+        case "gan": loss = common.gan_generator(h_y)
+        case "wasserstein": loss = common.wasserstein(h_x, h_y)
+        case "mmd": loss = common.mmd(*common.gram(kernel, h_x, h_y))
+        case "mmd2" | "cramer": loss = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
         case "smmd":
             mmd2 = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
             loss = common.smmd2(mmd2, J, row["scale"])
@@ -223,10 +214,12 @@ def generator_loss(row, f, kernel, x, y):
     return loss, h_x, h_y
 
 
-def train(name, row, seed, folder, steps, device, images, network=None, reference=None, samples=SAMPLES):
+def train(name, row, seed, folder, steps, device, images, network=None, reference=None,
+          samples=SAMPLES["cuda"]):
     """One run, a generator: it yields after each update, is sent whether to save, and returns its result.
 
-    images: uint8 [N, 1, 28, 28] on the device; network, reference: of common.scores; samples: to be kept.
+    images: uint8 [N, 1, 28, 28] on the device; network, reference: of common.scores; samples: how
+    many to score and to keep.
     """
     torch.manual_seed(seed)
     nets, codes, gram = NETS[row["nets"]], row["nets"] == "gmmn-ae", row["loss"] == "gram"
@@ -274,14 +267,14 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         z = nets["noise"](n, nets["z"], torch.Generator().manual_seed(seed)).to(device)
         return common.draw_samples(nn.Sequential(g, decoder) if codes else g, z)
 
-    def score(n):
-        return common.scores(network, sample(n), reference, BOOTSTRAP, RESAMPLINGS)
+    def score():
+        return common.scores(network, sample(samples), reference, BOOTSTRAP, RESAMPLINGS)
 
     def readings():
         nonlocal last
         found = dict(condition=common.condition(K_ratio, row["ridge"])) if gram and shown else {}
         if network and (step % SCORE_EVERY == 0 or step == steps):
-            last = score(SAMPLES)
+            last = score()
             found |= last
         if "adaptive" in state and step % ADAPT_EVERY == 0:
             found["p"] = state["adaptive"].step(network(sample(CODES, step))[0])
@@ -318,8 +311,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
 
     with common.replacing(f"{folder}/samples.npy") as file:
         np.save(file, sample(samples).numpy())
-    if network and last.get("samples") != samples:      # of a table, or of a finished run that is resumed
-        last = score(samples)
+    if network and not last:            # of a finished run that is resumed
+        last = score()
     return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last,
                 **common.machine(device))
 
@@ -409,12 +402,13 @@ def main(argv=None):
     parser.add_argument("--table", choices=TABLES, help="a paper's rows and numbers; finished runs are kept")
     parser.add_argument("--figure", choices=FIGURES, help="a paper's figure; finished runs are kept")
     args = parser.parse_args(argv)
-    samples, steps, table = TABLES.get(args.table, (SAMPLES, STEPS, {}))
+    samples, steps, table = TABLES.get(args.table, (0, STEPS, {}))
     chosen = dict(method=list(table) or ["gram"], steps=steps) | FIGURES.get(args.figure, {})
     names, steps = args.method or chosen["method"], args.steps or chosen["steps"]
     rows = dict(common.find_row(name, METHODS, DEFAULTS, NAMES) for name in names)
 
     device = common.setup(args.device)
+    samples = args.samples or samples or SAMPLES[device.type]
     images = common.load_images("mnist", "train", args.data).to(device)
     common.load_images("mnist", "test", args.data)
     network = common.load_features(args.features, device) if args.features else load_lenet(args.data, device)
@@ -425,7 +419,7 @@ def main(argv=None):
             for name, row in rows.items() for seed in args.seeds]
     for name, row in rows.items():
         common.show(name, row, *networks(row))
-    print(f"{steps:,} updates on {common.machine(device)}\n{common.log_head(COLUMNS + READINGS)}")
+    print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples)
                                  for run in runs}, common.command(argv))
     print(f"\n{common.score_table(runs, results, PAPER)}\n")

@@ -8,17 +8,20 @@
     python ring2d.py --figure dirac         Figure 1 of Scaled MMD: 10 seconds on a CPU; gaussians: 4 and 5
 
 Expect of the first 8 of 8 modes, and 0.89 of the samples within 3 std of a mode (three seeds; of data 0.989);
-of Figure 2, that GRAM succeeds in 12 of 12 settings. A run goes to runs/ring2d-METHOD-sSEED/, all of a method
-to runs/ring2d-figureNAME-METHOD/: figure1.png or figure2.png, points-UPDATE.npz, log.csv, checkpoint.pt and
-result.json. What compares methods is runs/ring2d-figureNAME.md and .png.
+of Figure 2, that GRAM succeeds in 12 of 12 settings. A run goes to runs/ring2d-METHOD-sSEED/ (figure1.png,
+training.gif), all of a method to runs/ring2d-figureNAME-METHOD/ (figure2.png), both with points-UPDATE.npz,
+log.csv, checkpoint.pt, result.json. What compares methods is runs/ring2d-figureNAME.md and .png.
 """
 import copy
+import glob
 import itertools
 import math
+import os
 from functools import partial
 
 import numpy as np
 import torch
+from matplotlib.animation import PillowWriter
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -28,6 +31,7 @@ MODES, RADIUS = 8, 2.0              # JuliaGRAM; the paper gives no radius
 HIDDEN, Z = (100, 100), 20          # GRAM, section 3.4; Z, of N(0, I), JuliaGRAM, scripts/predefined_args.jl
 LAMBDA = 1.0                        # GRAM, eq. 9
 PANELS, PANELS_9 = (10, 100, 1_000, 10_000), (100, 500, 1_000)      # updates, Figure 1a, Figure 9a of mmdgan
+FRAMES = tuple(round(10 ** (i / 10)) for i in range(10, 61))        # updates in training.gif
 WIDTHS, NOISES = (20, 100, 200), (2, 4, 8, 16)      # Figure 2: of the generator's two layers, of its noise
 SUCCESS = (0.02, 0.8)               # ours: this share of the samples or more in each mode, and in all modes
 POINTS, SHOWN = 10_000, 1_000       # samples on which modes and shares are counted; points in pictures
@@ -179,12 +183,9 @@ def critic_loss(row, f, decoder, kernel, x, y, rng):
     """What the critics of a Stack minimise at data x and samples y, both [B, N, 2], but for GRAM's: [B]."""
     h_x, h_y = common.both(f, x, y)
     match row["loss"]:
-        case "gan":
-            loss = common.gan_critic(h_x, h_y)
-        case "wasserstein":
-            loss = -common.wasserstein(h_x, h_y)
-        case "mmd":
-            loss = -common.mmd(*common.gram(kernel, h_x, h_y))
+        case "gan": loss = common.gan_critic(h_x, h_y)
+        case "wasserstein": loss = -common.wasserstein(h_x, h_y)
+        case "mmd": loss = -common.mmd(*common.gram(kernel, h_x, h_y))
     if row["weights"]:          # the norm is that of all critics: each has an equal share of it
         loss = loss + row["penalty"] / len(x) * common.weight_penalty(f, row["weights"])
     elif row["penalty"]:        # on the slope of the sum of the critic's outputs
@@ -203,12 +204,9 @@ def generator_loss(row, f, kernel, x, y):
     with common.frozen(f):
         h_x, h_y = common.both(f, x, y)
     match row["loss"]:
-        case "gan":
-            loss = common.gan_generator(h_y)
-        case "wasserstein":
-            loss = common.wasserstein(h_x, h_y)
-        case "mmd":
-            loss = common.mmd(*common.gram(kernel, h_x, h_y))
+        case "gan": loss = common.gan_generator(h_y)
+        case "wasserstein": loss = common.wasserstein(h_x, h_y)
+        case "mmd": loss = common.mmd(*common.gram(kernel, h_x, h_y))
     if row["feasible"]:
         loss = loss + row["feasible"] * common.feasible_set(h_x, h_y)
     if row["data_mmd"]:
@@ -281,7 +279,7 @@ def train(name, row, seeds, folder, steps, device, figure="1"):
         step += 1
         if step <= 100 or step % TRACE_EVERY == 0 or step == steps:
             log.row(step, shown=step % LOG_EVERY == 0 or step == steps)
-        if step in PANELS + PANELS_9 or step == steps:
+        if step == steps or step in PANELS + PANELS_9 or figure == "1" and step in FRAMES:
             with common.replacing(f"{folder}/points-{step}.npz") as file:
                 np.savez(file, **{key: t.cpu() for key, t in points(SHOWN).items()})
         if figure == "gamn" and (left := steps - step) < AVERAGE and left % AVERAGE_EVERY == 0:
@@ -363,6 +361,26 @@ def figure_1(run, result):
     figure.suptitle(found, fontsize=11)
     common.save_figure(f"{run.folder}/figure1.png", figure)
     print(f"seed {member['seed']} of {found}")
+
+
+def animate(run):
+    """training.gif of a run: data and samples, and both in the critic's space, at the updates of FRAMES."""
+    kept = {int(path.rpartition("-")[2][:-4]): np.load(path)
+            for path in glob.glob(f"{glob.escape(run.folder)}/points-*.npz")}
+    figure, writer = Figure(figsize=(7, 3.6), layout="constrained"), PillowWriter(fps=8)
+    spaces = [space for space in ("", "f_") if all(f"{space}x" in p for p in kept.values())]
+    panels = figure.subplots(1, len(spaces), squeeze=False)[0]
+    with writer.saving(figure, f"{run.folder}/training.tmp.gif", dpi=80):
+        for step in [*sorted(kept), *8 * [max(kept)]]:              # the last one for a second more
+            for axes, space in zip(panels, spaces):
+                axes.clear()
+                x, y = kept[step][f"{space}x"][0], kept[step][f"{space}y"][0]
+                title = "critic's space" if space else f"{run.name}, update {step:,}"
+            common.scatter_panel(axes, x, y, title)
+            panels[0].set(adjustable="box", xlim=(-3, 3), ylim=(-3, 3))
+            writer.grab_frame()
+    os.replace(f"{run.folder}/training.tmp.gif", f"{run.folder}/training.gif")
+    print(f"{run.folder}/training.gif")
 
 
 def scatter_figure(panels, columns, title):
@@ -578,7 +596,7 @@ def main(argv=None):
             folder = common.run_folder(folder, __file__, args.resume or not single)
             runs.append(common.Run(name, row, own, folder))
         common.show(name, row, *networks(row, cells(args.figure, seeds)[-1]))       # the largest
-    print(f"{steps:,} updates on {common.machine(device)}\n{common.log_head(COLUMNS)}")
+    print(common.log_head(COLUMNS, steps, device))
     results = common.interleave({run.folder: train(*run, steps, device, args.figure) for run in runs},
                                 common.command(argv))
 
@@ -588,6 +606,7 @@ def main(argv=None):
     if single:
         for run, result in finished:
             figure_1(run, result)
+            animate(run)
     else:
         text = figure_2(finished) if args.figure == "2" else figure_gamn(finished, f"{out}.png")
         print(text)

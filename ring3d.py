@@ -59,7 +59,8 @@ CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v,
 def tilt(points):
     """Points [N, 3] turned by DEGREES about the second axis (B.2; MLToolkit, src/Datasets/ring.jl)."""
     c, s = math.cos(math.radians(DEGREES)), math.sin(math.radians(DEGREES))
-    return points @ torch.tensor([[c, 0, -s], [0, 1, 0], [s, 0, c]], dtype=points.dtype, device=points.device)
+    x, y, z = points.unbind(1)
+    return torch.stack([c * x + s * z, y, c * z - s * x], 1)
 
 
 def networks(row):
@@ -190,7 +191,7 @@ def main(argv=None):
             folder = common.run_folder(f"{args.out}/ring3d-{name}-s{seed}", __file__, args.resume)
             runs.append(common.Run(name, row, seed, folder))
         common.show(name, row, *networks(row))
-    print(f"{steps:,} updates on {common.machine(device)}\n{common.log_head(COLUMNS)}")
+    print(common.log_head(COLUMNS, steps, device))
     results = common.interleave({run.folder: train(*run, steps, device) for run in runs},
                                 common.command(argv))
 

@@ -21,7 +21,7 @@ def small(monkeypatch):
     """Deterministic convolutions, so that equal means equal to the last bit; few samples, many tests."""
     common.setup("cuda")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    every = dict(SAMPLES=100, FINAL=100, BOOTSTRAP=100, ENCODE=4, LOG_EVERY=1, SAVE_EVERY=3, ADAPT_EVERY=1,
+    every = dict(SAMPLES=dict(cuda=100), BOOTSTRAP=100, ENCODE=4, LOG_EVERY=1, SAVE_EVERY=3, ADAPT_EVERY=1,
                  CODES=50, ADAPT=(1, 2, -1.0, 1e-6), KEEP=10)
     for script in SCRIPTS:
         for name, value in every.items():

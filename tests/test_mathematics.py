@@ -1,4 +1,6 @@
 """The mathematics against independent oracles: double loops, closed forms, numpy, finite differences."""
+import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 
 import cifar
 import common
-from conftest import PLAIN
+from conftest import PLAIN, says
 
 SIGMA = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
 FORMS = ("sum", "mean", "clip", "swap", "flow")
@@ -274,3 +276,54 @@ def test_frechet_distance_of_a_set_with_itself():
         assert abs(distance(a, a)) < 1e-10 * 50      # of the trace
     constant = torch.ones(10, 4)
     assert distance(constant, constant) == 0
+
+
+def test_two_sample_test_is_mmd2_and_its_permutations():
+    """The value by mmd2, p by all permutations of a few points, whichever container the points come in."""
+    x, y = np.array([[0.0], [0.4], [1.0]]), np.array([[2.0], [2.5], [4.0]])
+    pooled = np.concatenate([x, y])
+    apart = abs(pooled - pooled.T)[np.triu_indices(6, 1)]
+    kernel = partial(common.gaussian, sigma=torch.tensor([np.sort(apart)[7]]))          # the median of 15
+
+    def squared(chosen):
+        parts = pooled[list(chosen)], np.delete(pooled, list(chosen), 0)
+        return float(common.mmd2(*common.gram(kernel, *map(torch.from_numpy, parts)), unbiased=True))
+
+    every = [squared(chosen) for chosen in itertools.combinations(range(6), 3)]
+    exact = np.mean(np.array(every) >= squared((0, 1, 2)) - 1e-12)                      # 2 of 20
+    for pair in ((x, y), (x.tolist(), torch.from_numpy(y))):
+        value, p = common.two_sample_test(*pair, permutations=4_000)
+        assert value == pytest.approx(squared((0, 1, 2))) and p == pytest.approx(exact, abs=0.02)
+    given = common.two_sample_test(x, y, lambda a, b: common.gaussian(a, b, torch.tensor([0.3])), 50)
+    assert given[0] != value and common.two_sample_test(x, x, permutations=50)[1] > 0.5
+    for wrong in ([[1.0]], [1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]]):
+        with says("expected [N, D] and [M, D]"):
+            common.two_sample_test(x, wrong)
+
+
+def test_two_sample_test_has_its_level_and_power():
+    rng = np.random.default_rng(0)
+    p = {shift: [common.two_sample_test(rng.normal(size=(40, 2)), rng.normal(size=(30, 2)) + shift,
+                                        permutations=99, seed=i)[1] for i in range(200)] for shift in (0, 1)}
+    assert 0.02 < np.mean(np.array(p[0]) <= 0.05) < 0.09 and np.mean(np.array(p[1]) <= 0.05) > 0.95
+    assert min(p[1]) == 0.01 and max(p[0]) <= 1
+
+
+def test_ratio_at_new_points():
+    """The minimiser of density_ratio's problem over the span of all kernels, solved as a linear system."""
+    rng, ridge = np.random.default_rng(0), 0.3
+    x, y, t = rng.normal(size=(8, 2)), rng.normal(size=(6, 2)) + 0.5, rng.normal(size=(5, 2))
+    both, wanted = np.concatenate([x, y]), []
+    for sigma in (0.7, 1.5):
+        K_x, K_y, K_t, K = (np.exp(-((a[:, None] - both) ** 2).sum(-1) / 2 / sigma ** 2) for a in (x, y, t, both))
+        c = np.linalg.lstsq(K_y.T @ K_y / 6 + ridge / 6 * K, K_x.mean(0), rcond=None)[0]
+        wanted.append(K_t @ c)
+    found = common.ratio_at(t.tolist(), x, torch.from_numpy(y), (0.7, 1.5), ridge)
+    assert np.allclose(found, np.mean(wanted, 0), atol=1e-6)
+    x, y = rng.normal(size=(3_000, 1)), rng.normal(size=(3_000, 1)) + 1                 # truth exp(1/2 - t)
+    t = np.linspace(-0.5, 2, 6)[:, None]
+    assert np.allclose(common.ratio_at(t, x, y, 1, 1), np.exp(0.5 - t[:, 0]), rtol=0.2)
+    at_y = common.ratio_at(y[:50], x[:50], y[:50], 1, 0.1)
+    K_xx, K_xy, K_yy = common.gram(partial(common.gaussian, sigma=torch.ones(1)), *(
+        torch.from_numpy(s[:50]) for s in (x, y)))
+    assert torch.allclose(at_y, common.density_ratio(K_yy, K_xy.mT, 0.1), atol=1e-8)

@@ -273,7 +273,7 @@ def test_run_folders(tmp_path, capsys):
 
 def test_flags(capsys):
     parser = common.flags("doc", {"gram": {}, "gan": {}}, {"GRAM": "gram"}, "gram", 500, images=True)
-    found = dict(method=None, steps=None, device=None, features=None, resume=False, out="runs", data="data")
+    found = dict(method=None, steps=None, device=None, features=None, samples=None, resume=False, out="runs", data="data")
     assert vars(parser.parse_args([])) == dict(found, seeds=range(1))
     args = parser.parse_args("--method gan gram+critic=8 --seeds 3 --steps 7".split())
     assert (args.method, list(args.seeds), args.steps) == (["gan", "gram+critic=8"], [0, 1, 2], 7)

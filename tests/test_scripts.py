@@ -1,4 +1,5 @@
 """The image scripts through their command lines, with small networks, few small images, small constants."""
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,7 +26,7 @@ import mnist
 from conftest import Features, by_hand, export, kept, same, says
 
 ROOT = os.path.dirname(os.path.abspath(common.__file__))
-SMALL = dict(SAMPLES=20, FINAL=20, KEEP=20, BOOTSTRAP=20, RESAMPLINGS=2, LOG_EVERY=2, SCORE_EVERY=4, CODES=20,
+SMALL = dict(SAMPLES=dict(cpu=20), KEEP=20, BOOTSTRAP=20, RESAMPLINGS=2, LOG_EVERY=2, SCORE_EVERY=4, CODES=20,
              SAVE_EVERY=2, BURST=3, BURST_UNTIL=1, BURST_EVERY=3, ADAPT_EVERY=2, ADAPT=(1, 1, -1.0, 1e-6),
              ENCODE=3, LENET_EPOCHS=1, LENET_BATCH=20, SHOWN=10, PANELS=(2, 4), TRACE_UNTIL=1, TRACE_EVERY=4,
              SIZE=32, ESTIMATES=3, KID_N=(5, 10), FID_N=(5, 10), CENSORED=4, CENSORED_M=(20, 40))
@@ -324,7 +326,7 @@ def test_a_process_that_ends_goes_on(end, patch):
     child.send_signal(end)
     printed, said = child.communicate()
     if not killed:
-        assert child.returncode == 143 and "Traceback" not in said and "samples are not scored" in printed
+        assert child.returncode == 143 and "Traceback" not in said and "samples are kept, not scored" in printed
         assert said.splitlines()[-1] == "cifar.py: stopped; the same command goes on with --resume"
     step = kept(folder)[0]
     for out in ("runs", "together"):
@@ -371,7 +373,7 @@ def test_figures_and_tables_of_cifar(network, patch, capsys):
         for figure in figures:
             cifar.main([*given, "--figure", figure])
         cifar.main([*given, "--table", "gram", "--steps", "2"])
-    assert capsys.readouterr().out.count("| 5.13, 26.82 ") == 3 + 4 * 2 + 3 and set(figures) < set(saved)
+    assert capsys.readouterr().out.count(" | 26.82 ") == 3 + 4 * 2 + 3 and set(figures) < set(saved)
     folder = "runs/cifar-gan+batch=9-s0"
     assert result(folder)["samples"] == len(np.load(f"{folder}/samples.npy")) == 30
     gram, gan = saved["5"].axes[0].lines
@@ -395,7 +397,7 @@ def test_figures_and_tables_of_the_others(network, patch, capsys):
     for script, given in again:
         script.main(["--device", "cpu", "--features", network, *given.split()])
     printed, made = capsys.readouterr().out, set(os.listdir("runs"))
-    assert all(text in printed for text in ("30.97 ± 5.32", "30 training images themselves", "8.86, 6.245"))
+    assert all(text in printed for text in ("30.97 ± 5.32", "30 training images themselves", "6.245 "))
     assert {"celeba-figurescores.png", "celeba-figuresingular.png", "mnist-figuregcmmd.png"} < made
 
 
@@ -433,7 +435,8 @@ def test_bad_input(network, patch):
             patched.setitem(script.CONSTANTS, "LAMBDA", 9)
             run(script, network, text, "--resume")
     shutil.rmtree("data")
-    patch.setattr(common, "SETS", {key: OFFLINE for key in common.SETS})
+    for name in ("MNIST", "CIFAR10"):
+        patch.setattr(torchvision.datasets, name, OFFLINE)
     patch.setattr(torchvision.datasets, "CelebA", OFFLINE)
     for script, said in ((cifar, "cifar10-train"), (mnist, "mnist-train"), (celeba, "img_align_celeba"),
                          (imagenet, "imagenet/train")):
@@ -453,3 +456,86 @@ def test_help(script, capsys):
              + "--table --figure " * (script is not imagenet) + "--set" * (script is celeba)).split()
     assert end.value.code == 0 and len(text.splitlines()) <= 70
     assert all(f" {name}" in text for names in (flags, *sets) for name in names)
+
+
+def test_draw(patch, capsys):
+    """From any checkpoint, and from the part of one that results/ has, the samples that the run kept."""
+    for text in ("gram+batch=9", "gmmn-ae+batch=9", "sn-gan+batch=9+average=0+contrast=0"):
+        run(cifar, None, text, "--steps", 2)
+        name = cifar.row_of(text)[0]
+        kept_at, samples = f"runs/cifar-{name}-s0/checkpoint.pt", np.load(f"runs/cifar-{name}-s0/samples.npy")
+        cifar.main(["--device", "cpu", "--draw", kept_at])
+        assert not os.path.exists("runs/cifar-draw.npy") and os.path.getsize("runs/cifar-draw.png") > 10_000
+        with patch.context() as patched:
+            patched.setattr(common, "load_images", None)                # no data are needed
+            cifar.main(["--device", "cpu", "--draw", kept_at, "--samples", "20"])
+            assert np.load("runs/cifar-draw.npy").shape == samples.shape
+            cifar.main(["--device", "cpu", "--draw", kept_at, "--samples", "200"])
+        assert abs(np.load("runs/cifar-draw.npy")[:20].astype(int) - samples).mean() < 60
+        os.remove("runs/cifar-draw.npy")
+    whole = torch.load(kept_at, weights_only=True)
+    part = dict(step=2, settings=whole["settings"], state=dict(average=whole["state"]["average"]), about="x of y")
+    torch.save(part, "part.pt")
+    cifar.main(["--device", "cpu", "--draw", "part.pt"])
+    assert "part.pt: 2 updates of x of y" in capsys.readouterr().out
+    open("bad.pt", "w").write("no")
+    for path in ("bad.pt", "nosuch.pt"):
+        with says(path, "found no checkpoint of cifar.py", "expected runs/"):
+            cifar.main(["--device", "cpu", "--draw", path])
+
+
+def test_own_images(network, patch, capsys):
+    """A folder of any images: a tenth is held out, the set is in names, few images are refused in a line."""
+    rng = np.random.default_rng(0)
+    os.makedirs("my photos/below")
+    for i in range(40):
+        size = rng.integers(10, 90, 2)
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).convert(["RGB", "L", "P", "RGB"][i % 4])
+        image.save(f"my photos/{'below/' * (i % 2)}{i}.{['png', 'jpg', 'gif', 'webp'][i % 4]}")
+    open("my photos/list.txt", "w").write("no image")
+    patch.setattr(celeba, "OWN", dict(celeba.OWN, side=32, size=32))
+    run(celeba, network, "smmd+batch=9 gram+batch=9", SET, "my photos", "--steps", 2, "--samples", 30)
+    [array] = [name for name in os.listdir("data") if name.startswith("my photos-") and "train" in name]
+    stem, path = array.removesuffix("-train.npy"), os.path.realpath("my photos")
+    assert stem == f"my photos-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    assert [len(np.load(f"data/{stem}-{split}.npy")) for split in ("train", "test")] == [36, 4]
+    found = result(f"runs/celeba-{stem}-gram+batch=9-s0")
+    assert found["samples"] == 30 and found["reference"].endswith("4 images") and found["fd"] > 0
+    assert "the paper's" not in capsys.readouterr().out
+    for n, wanted in ((2, 1), (3, 2), (4, 2), (30, 3), (500_000, 25_000)):
+        assert len(celeba.tenth_files(list(range(n)), "test")) in (wanted, wanted + 1)
+    with says("found 36 images to train on, expected 64 or more", "+batch=N"):
+        run(celeba, network, "gram", SET, "my photos")
+    with says("--set nosuch", "celeba64", "folder"):
+        run(celeba, network, "gram", SET, "nosuch")
+    with says("--table gram", "expected celeba64"):
+        run(celeba, network, "gram", SET, "lsun", "--table", "gram")
+
+
+def test_rates_without_a_network_and_numbers_of_samples(network, capsys):
+    run(cifar, None, "smmd+batch=9 gan+batch=9", "--steps", 2)
+    assert result("runs/cifar-smmd+batch=9-s0")["rates"] == "constant: no feature network"
+    assert "rates" not in result("runs/cifar-gan+batch=9-s0")
+    printed = capsys.readouterr().out
+    assert "its learning rates stay as they are" in printed and "--resume --features FILE" in printed
+    run(cifar, network, "gan+batch=9", "--steps", 2, "--resume", "--samples", 25)       # scored afterwards
+    found, printed = result("runs/cifar-gan+batch=9-s0"), capsys.readouterr().out
+    assert found["samples"] == len(np.load("runs/cifar-gan+batch=9-s0/samples.npy")) == 25
+    assert "25 samples, tiny, against cifar10-test, 30 images" in printed and "logit score (not IS)" in printed
+
+
+def test_the_last_table():
+    """No empty column; a name for each network's numbers; the paper's three numbers under their names."""
+    runs = [common.Run("gram", {}, seed, f"f{seed}") for seed in (0, 1)]
+    found = dict(updates=7, features=common.FID_NAME, samples=5, reference="r", fd=20.0, kid=0.02, isc=3.0)
+    results = {"f0": found, "f1": found | dict(fd=22.0)}
+    head, _, line = common.score_table(runs, results, {"gram": "5.54, 24.85 ± 0.94"}).splitlines()[2:]
+    assert [cell.strip() for cell in head.split("|")[1:-1]] == [
+        "method", "updates", "seeds", "FID", "KID", "Inception score", "the paper's FID",
+        "the paper's Inception score"]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == [
+        "gram", "7", "2 of 2", "21.0 ± 1.4", "0.0200 ± 0.0000", "3.00 ± 0.00", "24.85 ± 0.94", "5.54"]
+    results = {"f0": dict(failed="diverged"), "f1": found | dict(features="lite", kid=None)}
+    head, _, line = common.score_table(runs, results, {}).splitlines()[2:]
+    assert "Fréchet distance" in head and "logit score (not IS)" in head and "KID" not in head
+    assert "1 of 2; seed 0 diverged" in line and "paper" not in head
