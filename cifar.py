@@ -204,6 +204,7 @@ DISTURBANCES = {"Gaussian noise": (0, 0.25, 0.5, 0.75), "Gaussian blur": (0, 1, 
                 "black rectangles": (0, 0.25, 0.5, 0.75), "swirl": (0, 1, 2, 4),
                 "salt and pepper": (0, 0.1, 0.2, 0.3), "contamination": (0, 0.25, 0.5, 0.75, 1)}
 CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
+row_of = partial(common.find_row, methods=METHODS, defaults=DEFAULTS, names=NAMES)     # of NAME+KEY=VALUE...
 
 
 def kernels(device=None, dtype=torch.float32):
@@ -497,14 +498,12 @@ def sweep_figure(finished, sweeps):
             line = sorted({value for value, _ in points})
             if line:
                 means = [np.mean([fd for v, fd in points if v == value]) for value in line]
-                [drawn] = axes.loglog(line, means, label=base)
+                [drawn] = axes.semilogx(line, means, label=base)
                 axes.scatter([v for v, _ in points], [fd for _, fd in points], s=12, color=drawn.get_color())
                 axes.set_xticks(values, [f"{value:g}" for value in values])
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter("{x:g}")
                 axes.legend(fontsize=7)
         axes.set(xlabel=axis, ylabel="Fréchet distance")
-        axes.tick_params(axis="x", which="minor", bottom=False)
+        axes.minorticks_off()
     return figure
 
 
@@ -549,10 +548,9 @@ def bias_figure(images, network, reference):
     """Mean and std of estimates over their number of points: what is biased, and what that does.
 
     KID and Frechet distance from the images and from the reference, which have one law: only KID is 0 in the
-    mean. FIDs from points of two censored normals: their estimates are in the wrong order. Binkowski et al.
-    2018, Figure 1 (drawn with replacement, so that KID's mean is the biased squared MMD of the two sets
-    themselves, a little above 0) and appendix D.2: P1 = ReLU(N(0, I)), P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)),
-    Q = ReLU(N(1, I)), which is known exactly, Sigma = (4 / d) C C^T, C of standard normals.
+    mean (Binkowski et al. 2018, Figure 1; drawn with replacement, so a little above 0). FIDs of P1, P2 from Q
+    are estimated in the wrong order (appendix D.2): P1 = ReLU(N(0, I)), P2 = ReLU(N(1, 0.8 Sigma + 0.2 I)),
+    Q = ReLU(N(1, I)), Sigma = (4 / d) C C^T, C of standard normals.
     """
     (x, _), y, d = network(images), reference["features"], CENSORED
     rng = torch.Generator(x.device).manual_seed(0)
@@ -592,11 +590,10 @@ def bias_figure(images, network, reference):
 def disturb(images, kind, alpha, rng, others):
     """uint8 images [N, C, H, W] with a disturbance of DISTURBANCES at level alpha; rng on their device.
 
-    Binkowski et al. 2018, appendix E, as Heusel et al. 2017, appendix A1, have them (bioinf-jku/TTUR,
-    FIDvsINC/fidutils.py, turns swirls either way and leaves a border of 3 pixels): alpha is the weight of
-    noise over [0, 255]; a Gaussian filter's std in pixels; the side of five black rectangles over the
-    image's; the strength of a swirl about the centre of extent 25 pixels; the share of pixels that turn black
-    or white; the share of images replaced by others [M, C, H, W].
+    Binkowski et al. 2018, appendix E; Heusel et al. 2017, appendix A1 (bioinf-jku/TTUR, fidutils.py, turns
+    swirls either way, but for a border): alpha is the weight of noise over [0, 255]; a Gaussian filter's std
+    in pixels; the side of five black rectangles over the image's; the strength of a swirl of 25 pixels; the
+    share of pixels that turn black or white; the share of images replaced by others [M, C, H, W].
     """
     n, _, height, width = images.shape
     uniform = partial(torch.rand, generator=rng, device=images.device)
@@ -652,11 +649,6 @@ def noise_figure(images, others, network, reference):
         axes.set_title(kind, fontsize=9)
         axes.legend(fontsize=7)
     return figure
-
-
-def row_of(text):
-    """The name and the row of NAME+KEY=VALUE..."""
-    return common.find_row(text, METHODS, DEFAULTS, NAMES)
 
 
 def main(argv=None):

@@ -36,7 +36,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from collections import namedtuple
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -763,11 +762,6 @@ def batch_norm(channels):
     return nn.BatchNorm2d(channels, track_running_stats=False)
 
 
-def halved(size, times):
-    """Sizes of an image through convolutions of stride 2, from its own on: 28 to [28, 14, 7, 4, 2] by 4."""
-    return [math.ceil(size / 2 ** i) for i in range(times + 1)]
-
-
 def dcgan_init(network):
     """The network with weights N(0, 0.02^2), those of convolutions cut off at 2 std, biases 0 (GRAMFlow)."""
     for layer in network.modules():
@@ -798,7 +792,7 @@ def dcgan_generator(noise, widths, channels, kernel=4, last=nn.Tanh, size=32):
     (512, 256, 128, 64)   5       Sigmoid  Binkowski et al. 2018 (mbinkowski/MMD-GAN, architecture.py)
     (256, 128, 64)        5       Sigmoid  for 28x28: Gulrajani et al. 2017 (igul222, gan_mnist.py)
     """
-    *sizes, start = halved(size, len(widths))
+    *sizes, start = (math.ceil(size / 2 ** i) for i in range(len(widths) + 1))      # 28, 14, 7, 4, 2
     layers = [nn.Linear(noise, widths[0] * start ** 2), nn.Unflatten(1, (widths[0], start, start))]
     for i, (a, b, after) in enumerate(zip(widths, [*widths[1:], channels], reversed(sizes)), 1):
         rest = (after + kernel) % 2         # 1 more row than the transposed convolution alone would give
@@ -827,7 +821,7 @@ def dcgan_critic(channels, widths, out, kernel=4, norms=(batch_norm, batch_norm)
         norm = norms[min(i, len(norms) - 1)]
         layers += [conv(a, b, kernel, 2, (kernel - 1) // 2, bias=norm is None),
                    *([norm(b)] if norm else []), nn.LeakyReLU(0.2, inplace=True)]
-    pixels = halved(size, len(widths))[-1] ** 2
+    pixels = math.ceil(size / 2 ** len(widths)) ** 2
     return dcgan_init(Layers(*layers, nn.Flatten(), nn.Linear(widths[-1] * pixels, out)))
 
 
@@ -1031,16 +1025,14 @@ def load_images(name, split, folder):
 
 
 def read_array(path):
-    """The images of an .npy file, uint8 [N, C, H, W], as a tensor that maps it and must not be written to."""
+    """The images of an .npy file, uint8 [N, C, H, W], as a tensor that maps it."""
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(path, mode="c")       # what is written stays in memory
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path}: no .npy file ({error}); copy it again, or delete it") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or len(array) < 2:
         raise ValueError(f"{path}: found {array.dtype} {list(array.shape)}, expected uint8 [N, 1 or 3, H, W]")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # that nothing must be written to it
-        return torch.from_numpy(array)
+    return torch.from_numpy(array)
 
 
 def open_image(path):
@@ -1337,8 +1329,8 @@ def setup(device):
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("of another type")
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: PyTorch {torch.__version__} cannot use it ({error}); expected "
-                         "cpu, or cuda on a machine with a CUDA GPU") from error
+        raise ValueError(f"--device {name}: PyTorch {torch.__version__} cannot use it ({first_line(error)[:80]}); "
+                         "expected cpu, or cuda on a machine with a CUDA GPU") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)           # streams, and so captures, are those of this one
     torch.backends.cudnn.conv.fp32_precision = "tf32"
@@ -1843,6 +1835,9 @@ def find_row(text, methods, defaults, names):
         try:
             given[key] = (tuple(float(part) for part in value.split(",")) if kind is tuple else
                           bool(("0", "1").index(value)) if kind is bool else kind(value))
+            if (kind is tuple and len(given[key]) != len(defaults[key]) > 1
+                    or kind in (int, float) and given[key] < (key == "batch")):
+                raise ValueError
         except ValueError:
             raise ValueError(f"--method {text}: found {value!r} for {key}, expected {kind.__name__}, as "
                              f"{written(defaults[key])}") from None

@@ -66,7 +66,6 @@ def test_networks_of_the_other_papers():
                                                 (9, 2, [9, 5, 3]), (32, 3, [32, 16, 8, 4])])
 def test_odd_sizes_are_halved_and_rounded_up(size, times, sizes):
     """In the critic, and in the generator the other way round, at every layer."""
-    assert common.halved(size, times) == sizes
     widths, seen = (4,) * times, []
     g = common.dcgan_generator(8, widths, 1, kernel=5, size=size)
     f = common.dcgan_critic(1, widths, 2, kernel=5, norms=(None,), size=size)
