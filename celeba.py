@@ -390,7 +390,7 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images), size=size,
                     processes=processes)
-    last, constant = {}, dict(rates="constant: no feature network") if row["decay"] and not network else {}
+    last = dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     log.start(step)
@@ -416,8 +416,8 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
         np.save(file, sample(average, contrast, KEEP).numpy())
     if network and not last:            # of a finished run that is resumed
         last = score()
-    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last, **constant,
-                **common.machine(device))
+    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last,
+                parameters=common.parameters(g, f, decoder), **common.machine(device))
 
 
 def main(argv=None):

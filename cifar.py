@@ -451,10 +451,11 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         x, _ = network(images[:CODES])
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images)), {}
-    constant = dict(rates="constant: no feature network") if row["decay"] and not network else {}
+    last |= dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
-    for _ in range(ENCODE if codes and step == 0 else 0):
+    encode = range(ENCODE if codes and step == 0 else 0)
+    for _ in common.progress(f"{name}: steps of its autoencoder", encode, ENCODE, lambda _: 1):
         critic_step()
         if common.signals:
             raise KeyboardInterrupt
@@ -482,8 +483,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         np.save(file, sample(row, average, decoder, contrast, samples).numpy())
     if network and not last:            # of a finished run that is resumed
         last = score()
-    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last, **constant,
-                **common.machine(device))
+    return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last,
+                parameters=common.parameters(g, f, decoder), **common.machine(device))
 
 
 def sweep_figure(finished, sweeps):

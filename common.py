@@ -1236,6 +1236,7 @@ def load_features(path, device):
 
     path None: FID's network, fetched. None where it cannot be, and in processes but the first, which scores.
     """
+    path = path and os.fspath(path)
     file = path or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION)}"
     if ranks()[0]:
         return None
@@ -1884,12 +1885,17 @@ def machine(device):
     return {"device": name, "torch": torch.__version__}
 
 
+def parameters(*networks):
+    """How many parameters generator, critic and decoder have, those that there are: a dict by these names."""
+    return {what: sum(p.numel() for p in network.parameters())
+            for what, network in zip(("generator", "critic", "decoder"), networks) if network}
+
+
 def show(name, row, *networks):
     """Print a row, all of its keys that are not off, and the parameters of generator, critic and decoder."""
     keys = " ".join(f"{key}={written(value)}" for key, value in row.items() if value not in (0, "", ()))
-    counts = [f"{what} {sum(p.numel() for p in network.parameters()):,}"
-              for what, network in zip(("generator", "critic", "decoder"), networks) if network]
-    print(f"{name}: {keys}; parameters: {', '.join(counts)}", flush=True)
+    counts = ", ".join(f"{what} {n:,}" for what, n in parameters(*networks).items())
+    print(f"{name}: {keys}; parameters: {counts}", flush=True)
 
 
 def table(head, rows):

@@ -287,7 +287,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images)), {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
-    for _ in range(ENCODE if codes and step == 0 else 0):
+    encode = range(ENCODE if codes and step == 0 else 0)
+    for _ in common.progress(f"{name}: steps of its autoencoder", encode, ENCODE, lambda _: 1):
         critic_step()
         if common.signals:
             raise KeyboardInterrupt
@@ -314,7 +315,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     if network and not last:            # of a finished run that is resumed
         last = score()
     return dict(method=name, row=row, seed=seed, updates=step, seconds=log.seconds, **last,
-                **common.machine(device))
+                parameters=common.parameters(g, f, decoder), **common.machine(device))
 
 
 class LeNet(nn.Module):

@@ -153,7 +153,8 @@ def train(name, row, seed, folder, steps, device):
     flat = torch.cat([centres.cpu(), torch.zeros(MODES, 1)], 1)
     masses = common.mode_masses(points(POINTS)["y"], tilt(flat), STD)
     return dict(method=name, row=row, seed=seed, updates=step, modes=int((masses >= COVERED).sum()),
-                share=float(masses.sum()), samples=POINTS, seconds=log.seconds, **common.machine(device))
+                share=float(masses.sum()), samples=POINTS, seconds=log.seconds,
+                parameters=common.parameters(g, f, decoder), **common.machine(device))
 
 
 def figure(run, result):

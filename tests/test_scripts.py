@@ -155,6 +155,8 @@ def test_rows(script, rows, network, capsys):
         assert last.tolist() == [gram, False, True]
         assert (found["method"], found["seed"], found["updates"], found["samples"]) == (name, 0, 4, 20)
         assert found["row"] == json.loads(json.dumps(row)) and " ".join(rows) in found["command"]
+        assert found["parameters"] == {part: sum(map(torch.numel, module.parameters())) for part, module in zip(
+            ("generator", "critic", "decoder"), built(script, row)) if module}
         assert found["features"] == ("lenet" if digits else "tiny") and "fd_bootstrap" in found
         assert f"{found['fd']:.1f}" in line and "| 1 of 1 " in line
         critic = 3 + 5 + 5 + 3 if row.get("burst") else 4 if gram else 3 * ae or 4 * row["critic_steps"]
