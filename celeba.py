@@ -264,7 +264,7 @@ def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
             objective, omega = common.sobolev(h_x, h_y, J, multiplier.clone(), row["rho"])
             loss = -objective
             multiplier.add_(row["rho"] * omega.detach())
-    if row["penalty"]:                                  # on the slope of the best critic in f's space
+    if row["penalty"]:     # on the slope of the best critic in f's space, or of f: WGAN-GP, GAMN, eq. 7
         best = {"cramer": lambda h: common.cramer_witness(h, h_y),
                 "mmd2": lambda h: common.witness(kernel, h, h_x, h_y)}.get(row["loss"], lambda h: h.sum(-1))
         a = torch.rand(len(x), generator=rng, device=x.device)
@@ -449,12 +449,12 @@ def main(argv=None):
     images = common.to_device(images, device)
 
     resume, stem = args.resume or bool(args.table or args.figure), f"{args.out}/celeba-{chosen}"
-    runs = [common.Run(name, row, seed, common.run_folder(f"{stem}-{name}-s{seed}", __file__, resume))
-            for name, row in rows.items() for seed in args.seeds]
     for name, row in rows.items():
         common.show(name, row, *networks(row, size))
         if row["decay"] and network is None:
             print(f"{name}: without a feature network its learning rates stay as they are")
+    runs = [common.Run(name, row, seed, common.run_folder(f"{stem}-{name}-s{seed}", __file__, resume))
+            for name, row in rows.items() for seed in args.seeds]
     print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, size, network, reference,
                                                    samples) for run in runs}, common.command(argv))

@@ -91,7 +91,7 @@ NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd sw
              kernel="li rbf gmmn rq rqdot dot distance unit".split(), weights=["", "l1", "l2", "l2-all"],
              spectral=["", "fixed", "learned"])
 
-# results/cifar.md says how gram's rates and ridges were found; 8 and 16 are OctoberChang/MMD-GAN's; GAMN names
+# results/cifar.md says how gram's rates and ridges were found; 8 and 16 are OctoberChang/MMD-GAN's; GAMN has
 # no weights, rates or steps: they are WGAN-GP's or ours.
 GRAM = dict(loss="gram", form="swap", critic=128, lr=4e-4)
 PRINTED = dict(GRAM, ridge=1e-3, lr=5e-5)                       # the paper's rate, JuliaGRAM's ridge
@@ -248,8 +248,10 @@ def sngan_critic(channels, out, width):
 def networks(row):
     """Generator, critic and decoder of a row, None for what it has not."""
     nets, out, decoder = NETS[row["nets"]], row["critic"], None
-    if not out and (row["loss"] != "mmd" or row["critic_steps"]):
-        raise ValueError(f"{row['loss']} with {row['critic_steps']} critic steps: expected +critic=1 or more")
+    steps, adversarial = row["critic_steps"], row["loss"] != "mmd" or row["critic_steps"]
+    if adversarial and (not out or "mlp" in nets) or row["loss"] == "gram" and (steps or not row["form"]):
+        raise ValueError(f"nets={row['nets']} loss={row['loss']} form={row['form']} critic={out} critic_steps"
+                         f"={steps}: expected a critic of 1 output or more; of gram a form and no steps")
     last = nn.Sigmoid if "unit" in nets else nn.Tanh
     to_image = last(), nn.Unflatten(1, (3, 32, 32))
     if "encoder" in nets:               # GMMN+AE: the generator makes codes; dropout: yujiali/gmmn, train.py
@@ -299,7 +301,7 @@ def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
             multiplier.add_(row["rho"] * omega.detach())
     if row["weights"]:
         loss = loss + row["penalty"] * common.weight_penalty(f, row["weights"])
-    elif row["penalty"]:                                # on the slope of the best critic in f's space
+    elif row["penalty"]:     # on the slope of the best critic in f's space, or of f: WGAN-GP, GAMN, eq. 7
         best = {"cramer": lambda h: common.cramer_witness(h, h_y),
                 "mmd2": lambda h: common.witness(kernel, h, h_x, h_y)}.get(row["loss"], lambda h: h.sum(-1))
         a, axis = torch.rand(len(x), generator=rng, device=x.device), common.AXES[row["slope"]]
@@ -452,13 +454,16 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images)), {}
     last |= dict(rates="constant: no feature network") if row["decay"] and not network else {}
-    step = common.load(folder, state, settings)
+    step = common.load(folder, state, settings, -ENCODE if codes else 0)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
-    encode = range(ENCODE if codes and step == 0 else 0)
-    for _ in common.progress(f"{name}: steps of its autoencoder", encode, ENCODE, lambda _: 1):
+    for step in common.progress(f"{name}: steps of its autoencoder", range(step + 1, 1), -step, lambda _: 1):
+        torch.manual_seed(step - seed * ENCODE)         # dropout draws from PyTorch's own generator
         critic_step()
-        if common.signals:
-            raise KeyboardInterrupt
+        if common.signals or step % SAVE_EVERY == 0:
+            common.save(folder, step, state, settings)
+        if common.signals:              # for this turn, and for the next, in which all others save
+            yield
+            yield
     if codes:
         f.eval()                        # without dropout from now on
     log.start(step)
@@ -669,7 +674,7 @@ def main(argv=None):
         if args.samples:
             with common.replacing(f"{args.out}/cifar-draw.npy") as file:
                 np.save(file, y[:args.samples].numpy())
-        return print(f"{args.out}/cifar-draw.png", f"{args.out}/cifar-draw.npy" if args.samples else "")
+        return print(f"{args.out}/cifar-draw.png", *[f"{args.out}/cifar-draw.npy"] * bool(args.samples))
     samples = args.samples or table[0] or SAMPLES[device.type]
     images = common.load_images("cifar10", "train", args.data).to(device)
     common.load_images("cifar10", "test", args.data)
@@ -685,13 +690,13 @@ def main(argv=None):
         return common.save_figure(picture, noise_figure(images, digits, network, reference))
 
     resume = args.resume or bool(args.table or args.figure)
-    runs = [common.Run(name, row, seed, common.run_folder(f"{args.out}/cifar-{name}-s{seed}", __file__,
-                                                          resume))
-            for name, row in rows.items() for seed in args.seeds]
     for name, row in rows.items():
         common.show(name, row, *networks(row))
         if row["decay"] and network is None:
             print(f"{name}: without a feature network its learning rates stay as they are")
+    runs = [common.Run(name, row, seed, common.run_folder(f"{args.out}/cifar-{name}-s{seed}", __file__,
+                                                          resume))
+            for name, row in rows.items() for seed in args.seeds]
     print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples,
                                                    chosen["every"]) for run in runs}, common.command(argv))

@@ -157,18 +157,28 @@ def mmd(K_xx, K_xy, K_yy):
     return (mmd2(K_xx, K_xy, K_yy).clamp(min=0) + 1e-6).sqrt()
 
 
+def as_points(least, *sets):
+    """Tensors, arrays or lists [N, D] of at least so many points, in float64, around their mean: a list."""
+    sets = [torch.as_tensor(s, dtype=torch.float64).detach() for s in sets]
+    if not all(s.ndim == 2 and len(s) >= least and s.shape[1:] == sets[0].shape[1:] and s.isfinite().all()
+               for s in sets):
+        shapes = ", ".join(str(list(s.shape)) for s in sets)
+        raise ValueError(f"found {shapes}, expected [N, D] of one D, {least} or more points, all finite")
+    mean = torch.cat(sets).mean(0)
+    return [s - mean for s in sets]
+
+
 def two_sample_test(x, y, kernel=None, permutations=1000, seed=0):
     """Squared unbiased MMD of x [N, D] and y [M, D], and the p-value of "they have one law": two floats.
 
-    x and y are tensors, arrays or lists, kernel as in gram; without it Gaussian, its bandwidth the median
-    distance of the pooled points. p is (1 + the number of permutations of the pooled points whose MMD is as
-    large) / (1 + permutations), from one Gram matrix (Gretton et al. 2012, section 5). Raises ValueError.
+    x, y: as as_points takes them; kernel: as in gram, without it Gaussian, its bandwidth the median of the
+    positive distances between pooled points. p is (1 + the number of permutations of the pooled points whose
+    MMD is as large or larger) / (1 + permutations), from one Gram matrix (Gretton et al. 2012, section 5).
     """
-    x, y = (torch.as_tensor(s, dtype=torch.float64) for s in (x, y))
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise ValueError(f"found {list(x.shape)} and {list(y.shape)}, expected [N, D] and [M, D], N, M > 1")
+    x, y = as_points(2, x, y)
     pooled, N, M, rng = torch.cat([x, y]), len(x), len(y), torch.Generator().manual_seed(seed)
-    sigma = torch.pdist(pooled).median().clamp(min=1e-100)
+    apart = torch.pdist(pooled)
+    sigma = apart[apart > 0].median() if apart.any() else apart.new_ones(())
     K = (kernel or partial(gaussian, sigma=sigma[None]))(pooled, pooled).sum(0).fill_diagonal_(0)
     in_x = (torch.arange(N + M) < N).double().to(K)                 # 1 for points of x, 0 for those of y
     orders = [in_x, *(in_x[torch.randperm(N + M, generator=rng)] for _ in range(permutations))]
@@ -210,11 +220,14 @@ def density_ratio(K_qq, K_qp, ridge):
 def ratio_at(points, x, y, sigma, ridge):
     """Density ratio p / q of x ~ p to y ~ q at other points, by density_ratio's function w: [T] in float64.
 
-    points [T, D], x [N, D], y [M, D] are tensors, arrays or lists; Gaussian kernels of bandwidth sigma, a
-    number or several, whose ratios are averaged. w minimises what density_ratio says, so ridge w(t) =
-    (M / N) sum_j k(t, x_j) - sum_i r_i k(t, y_i) with r_i = w(y_i); ridge > 0.
+    points [T, D], x [N, D], y [M, D]: as as_points takes them; Gaussian kernels of bandwidth sigma, a number
+    or several, whose ratios are averaged. w minimises what density_ratio says, so ridge w(t) = (M / N) sum_j
+    k(t, x_j) - sum_i r_i k(t, y_i) with r_i = w(y_i). It can be negative, and is 0 far from all points. Its
+    error depends on ridge, from 1e-6 on; one that is right for M points is twice that for 2 M.
     """
-    t, x, y = (torch.as_tensor(s, dtype=torch.float64) for s in (points, x, y))
+    if not ridge >= 1e-6:
+        raise ValueError(f"ridge {ridge}: expected 1e-6 or more")
+    t, x, y = as_points(1, points, x, y)
     found = []
     for s in torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1):
         r = density_ratio(gaussian(y, y, s), gaussian(y, x, s), ridge)
@@ -376,7 +389,7 @@ def gradient_penalty(s, x, y, a, axis=None):
 
     x and y [..., N, *shape]; a ~ U[0, 1], [..., N], one a point, at a x + (1 - a) y. s from points to
     [..., N]: f itself (WGAN-GP, Gulrajani et al. 2017, eq. 3), the sum of its outputs (GAMN, eq. 7, with the
-    sign that would raise it), or the witness (Demystifying MMD GANs, section 3).
+    sign that would raise it), or the witness (Demystifying MMD GANs, section 2.2).
 
     axis: of images [C, H, W]; each line along it has a norm of its own, the mean is over all lines too. So it
     is in released code: -2, columns, in mbinkowski/MMD-GAN, gan/core/model.py; -3, pixels, in Scaled-MMD-GAN.
@@ -617,7 +630,7 @@ def similarity(K_xy, K_yy):
 
 
 def relative_similarity(old, new):
-    """p-value of "the new sample is no nearer to x than the old", of two similarity() to the same x; a float.
+    """The three-sample test: p-value of "the new sample is no nearer to x than the old", of two similarity().
 
     Bounliphone et al. 2016: u_old - u_new is normal with the variance var_old + var_new - (8 / m)
     cov_x(E k(x, y_old), E k(x, y_new)). Where its estimate is not positive nothing is known, and p is 1 / 2.
@@ -1324,13 +1337,15 @@ def setup(device):
 
     Sets the precision: TF32 in convolutions, full float32 in matrix products.
     """
+    if ranks()[1] < int(os.environ.get("WORLD_SIZE", 1)) and distributed.is_torchelastic_launched():
+        raise ValueError("torchrun: this script trains on one GPU; start it with python")
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.zeros(1, device=name).device
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("of another type")
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: PyTorch {torch.__version__} cannot use it ({first_line(error)[:80]}); "
+        raise ValueError(f"--device {name}: torch {torch.__version__} cannot use it ({str(error)[:60]}); "
                          "expected cpu, or cuda on a machine with a CUDA GPU") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)           # streams, and so captures, are those of this one
@@ -1352,7 +1367,7 @@ def join(device):
     descend() takes the mean of their gradients (Scaled MMD, section 4). The first alone prints and writes.
     """
     local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available() and device != "cpu"
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not distributed.is_available() or not distributed.is_torchelastic_launched():
         return
     if cuda and local >= torch.cuda.device_count() or device not in (None, "cpu", "cuda"):
         raise ValueError(f"torchrun: found {torch.cuda.device_count()} GPUs and --device {device}, expected "
@@ -1483,6 +1498,7 @@ def capture(update, rng):
 
 signals = []                # those that have asked the runs to stop
 FIRST, TIMED = 50, 20       # updates in a run's first turn, and how many of them are timed
+AGREE = 5_000               # ms after which several processes look again whether one was asked to stop
 
 
 @contextmanager
@@ -1516,10 +1532,11 @@ def interleave(runs, command=""):
     they have saved. Of several processes the runs come one by one, and all stop at the same update.
     """
     several, cuda = ranks()[1] > 1, torch.cuda.is_initialized()
+    there = "cuda" if cuda else "cpu"
     if several and len(runs) > 1:               # collectives come in the same order everywhere
         return {k: v for folder, run in runs.items() for k, v in interleave({folder: run}, command).items()}
     streams = {folder: torch.cuda.Stream() if cuda else None for folder in runs}
-    active, results, took, turn, stop = dict(runs), {}, {}, 0, False
+    active, results, took, turn, every, stop = dict(runs), {}, {}, 0, 1, False
 
     def now():
         if cuda:
@@ -1534,19 +1551,19 @@ def interleave(runs, command=""):
         for i in range(FIRST):
             began = now() if i == FIRST - TIMED else began
             run.send(None if i == 0 else stop)
-            if signals and not several:
+            if any_asked() if several and i < FIRST - TIMED else signals and not several:
                 return
         took[folder] = 1e3 * (now() - began) / TIMED
 
     def any_asked():                            # any of several processes, to stop
-        mine = torch.tensor(float(len(signals)), device="cuda" if cuda else "cpu")
+        mine = torch.tensor(float(len(signals)), device=there)
         return bool(averaged(mine)[0] > 0)
 
     with catching():
         while active:
             if not several:
                 stop = bool(signals)
-            elif turn % FIRST == 0:             # now and then
+            elif turn % every == 0:             # every five seconds or so
                 with torch.cuda.stream(*streams.values()):
                     stop = any_asked()
             for folder, run in list(active.items()):
@@ -1567,11 +1584,16 @@ def interleave(runs, command=""):
                 del active[folder]
                 path = f"{folder}/result.json"
                 if folder not in took and os.path.exists(path):         # a finished run, resumed
-                    took[folder] = json.load(open(path)).get("milliseconds")
+                    with suppress(ValueError), open(path) as file:
+                        old = json.load(file)
+                        took[folder] = old.get("milliseconds")
+                        results[folder] = ({} if "fd" in results[folder] else old) | results[folder]
                 results[folder] |= dict(milliseconds=took.get(folder), command=command)
                 with replacing(path) as file:
                     file.write(json.dumps(results[folder], indent=1).encode())
             turn += 1
+            if several and took and every == 1:             # the same in all processes
+                every = max(1, int(AGREE / averaged(torch.tensor(*took.values(), device=there))[0]))
             if stop and active:
                 raise KeyboardInterrupt
         if several and any_asked():             # in the last updates, before the next of several runs
@@ -1663,14 +1685,14 @@ def save(folder, step, state, settings, check=True):
         torch.save(dict(step=step, settings=settings, state=kept, generators=generators), file)
 
 
-def load(folder, state, settings):
-    """Bring a run's state to FOLDER/checkpoint.pt and return its step, 0 if absent; before any captured call.
+def load(folder, state, settings, start=0):
+    """Bring a run's state to FOLDER/checkpoint.pt, before any captured call; its step, `start` if absent.
 
     Raises ValueError if it is damaged, of other settings, or does not fit.
     """
     path, settings = f"{folder}/checkpoint.pt", json.loads(json.dumps(settings))
     if not os.path.exists(path):
-        return 0
+        return start
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         step, found = kept["step"], json.loads(json.dumps(kept["settings"]))
@@ -1705,9 +1727,11 @@ class Log:
         self.columns, self.steps, self.readings = columns, steps, readings
         self.sums, self.zero = torch.zeros(2, len(columns), device=device), torch.zeros((), device=device)
         self.given, self.seconds, self.unshown = {}, 0.0, np.zeros((2, len(columns)))
+        self.clock = time.perf_counter()
 
     def state_dict(self):
-        return {"sums": averaged(self.sums)[0], "seconds": self.seconds}
+        seconds = self.seconds + time.perf_counter() - self.clock
+        return {"sums": averaged(self.sums)[0], "seconds": seconds}
 
     def load_state_dict(self, kept):
         self.sums.copy_(kept["sums"])
@@ -1882,6 +1906,7 @@ def machine(device):
     """What a result was made on, a dict: GPU or CPU, and the version of PyTorch."""
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    name = f"{ranks()[1]} x {name}" if ranks()[1] > 1 else name
     return {"device": name, "torch": torch.__version__}
 
 
@@ -1930,7 +1955,7 @@ def score_table(runs, results, paper):
         failed = [f"seed {seed} {result['failed']}" for seed, result in own.items() if "failed" in result]
         cells = [mean_std([result[key] for result in done if result.get(key) is not None], digits)
                  for key, (_, digits) in shown.items()]
-        isc, distance, kid, *_ = [*paper.get(name, "").split(", "), "", "", ""]
+        isc, distance, kid, *_ = [*(paper.get(name, "") if scored else "").split(", "), "", "", ""]
         rows.append([name, f"{max((result['updates'] for result in done), default=0):,}",
                      "; ".join([f"{len(done)} of {len(own)}", *failed]), *cells,
                      *(cell or "-" for cell in (distance, kid, isc))])

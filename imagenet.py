@@ -255,12 +255,12 @@ def main(argv=None):
     images = common.to_device(images, device)
 
     stem = f"{args.out}/imagenet"
-    runs = [common.Run(name, row, seed, common.run_folder(f"{stem}-{name}-s{seed}", __file__, args.resume))
-            for name, row in rows.items() for seed in args.seeds]
     for name, row in rows.items():
         common.show(name, row, *networks(row))
         if row["decay"] and network is None:
             print(f"{name}: without a feature network its learning rates stay as they are")
+    runs = [common.Run(name, row, seed, common.run_folder(f"{stem}-{name}-s{seed}", __file__, args.resume))
+            for name, row in rows.items() for seed in args.seeds]
     print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples)
                                  for run in runs}, common.command(argv))

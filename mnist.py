@@ -182,7 +182,7 @@ def critic_loss(row, f, decoder, kernel, x, y, rng):
             loss = -common.smmd2(mmd2, J, row["scale"])
         case "gcmmd":                                   # held at the data
             loss = -common.gradient_constrained_mmd2(h_x, h_y, h_x, J, row["lam"])[0]
-    if row["penalty"]:                                  # on the slope of the best critic in f's space
+    if row["penalty"]:     # on the slope of the best critic in f's space, or of f: WGAN-GP, GAMN, eq. 7
         best = {"cramer": lambda h: common.cramer_witness(h, h_y),
                 "mmd2": lambda h: common.witness(kernel, h, h_x, h_y)}.get(row["loss"], lambda h: h.sum(-1))
         a, axis = torch.rand(len(x), generator=rng, device=x.device), common.AXES[row["slope"]]
@@ -285,13 +285,16 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         x, _ = network(images[:CODES])
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images)), {}
-    step = common.load(folder, state, settings)
+    step = common.load(folder, state, settings, -ENCODE if codes else 0)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
-    encode = range(ENCODE if codes and step == 0 else 0)
-    for _ in common.progress(f"{name}: steps of its autoencoder", encode, ENCODE, lambda _: 1):
+    for step in common.progress(f"{name}: steps of its autoencoder", range(step + 1, 1), -step, lambda _: 1):
+        torch.manual_seed(step - seed * ENCODE)         # dropout draws from PyTorch's own generator
         critic_step()
-        if common.signals:
-            raise KeyboardInterrupt
+        if common.signals or step % SAVE_EVERY == 0:
+            common.save(folder, step, state, settings)
+        if common.signals:              # for this turn, and for the next, in which all others save
+            yield
+            yield
     if codes:
         f.eval()                        # without dropout from now on
     log.start(step)
@@ -416,10 +419,10 @@ def main(argv=None):
     reference = common.load_reference(f"{args.data}/mnist-test.npy", network)
 
     out, resume = f"{args.out}/mnist", args.resume or bool(args.table or args.figure)
-    runs = [common.Run(name, row, seed, common.run_folder(f"{out}-{name}-s{seed}", __file__, resume))
-            for name, row in rows.items() for seed in args.seeds]
     for name, row in rows.items():
         common.show(name, row, *networks(row))
+    runs = [common.Run(name, row, seed, common.run_folder(f"{out}-{name}-s{seed}", __file__, resume))
+            for name, row in rows.items() for seed in args.seeds]
     print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples)
                                  for run in runs}, common.command(argv))

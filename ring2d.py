@@ -376,7 +376,7 @@ def animate(run):
                 axes.clear()
                 x, y = kept[step][f"{space}x"][0], kept[step][f"{space}y"][0]
                 title = "critic's space" if space else f"{run.name}, update {step:,}"
-            common.scatter_panel(axes, x, y, title)
+                common.scatter_panel(axes, x, y, title)
             panels[0].set(adjustable="box", xlim=(-3, 3), ylim=(-3, 3))
             writer.grab_frame()
     os.replace(f"{run.folder}/training.tmp.gif", f"{run.folder}/training.gif")

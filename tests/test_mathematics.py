@@ -297,8 +297,14 @@ def test_two_sample_test_is_mmd2_and_its_permutations():
     given = common.two_sample_test(x, y, lambda a, b: common.gaussian(a, b, torch.tensor([0.3])), 50)
     assert given[0] != value and common.two_sample_test(x, x, permutations=50)[1] > 0.5
     for wrong in ([[1.0]], [1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]]):
-        with says("expected [N, D] and [M, D]"):
+        with says("expected [N, D] of one D, 2 or more points"):
             common.two_sample_test(x, wrong)
+    with says("all finite"):
+        common.two_sample_test(x, y * np.nan)
+    far, binary = common.two_sample_test(x + 1e9, y + 1e9, permutations=50), np.eye(2)[[0, 0, 0, 1]][:, :1]
+    assert far == pytest.approx(common.two_sample_test(x, y, permutations=50), rel=1e-5)
+    scaled = [common.two_sample_test(s * binary, s * (1 - binary), permutations=50) for s in (1, 0.3)]
+    assert scaled[0] == pytest.approx(scaled[1])                    # most distances are 0
 
 
 def test_two_sample_test_has_its_level_and_power():
@@ -323,6 +329,10 @@ def test_ratio_at_new_points():
     x, y = rng.normal(size=(3_000, 1)), rng.normal(size=(3_000, 1)) + 1                 # truth exp(1/2 - t)
     t = np.linspace(-0.5, 2, 6)[:, None]
     assert np.allclose(common.ratio_at(t, x, y, 1, 1), np.exp(0.5 - t[:, 0]), rtol=0.2)
+    assert torch.allclose(common.ratio_at(t + 1e8, x + 1e8, y + 1e8, 1, 1), common.ratio_at(t, x, y, 1, 1), atol=1e-4)
+    for wrong in (dict(ridge=0), dict(x=[1.0, 2.0]), dict(points=np.ones((2, 3)))):
+        with says("expected"):
+            common.ratio_at(**dict(points=t, x=x[:9], y=y[:9], sigma=1, ridge=1) | wrong)
     at_y = common.ratio_at(y[:50], x[:50], y[:50], 1, 0.1)
     K_xx, K_xy, K_yy = common.gram(partial(common.gaussian, sigma=torch.ones(1)), *(
         torch.from_numpy(s[:50]) for s in (x, y)))

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import common
@@ -175,6 +176,11 @@ def test_figure_1(method, said, pictures):
     [figure], folder, gram = pictures.values(), f"runs/ring2d-{method}-s0", method != "gan"
     log, wanted = common.read_log(folder), []
     assert "update 2: data space" in texts(figure) and f"{said} | " in texts(figure)
+    with Image.open(f"{folder}/training.gif") as film:          # points in both panels, to the last frame
+        film.seek(film.n_frames - 1)
+        pixels = np.asarray(film.convert("RGB")).astype(int)
+    coloured = abs(pixels - pixels.mean(2, keepdims=True)).max(2) > 40
+    assert all(half.any() for half in np.split(coloured, [pixels.shape[1] // 2], 1)) and film.n_frames > 1
     *curves, crosses = (list(line.get_ydata()) for line in figure.axes[-2].lines)
     assert curves == [list(log[key]) for key in ("loss_g", "pearson" if gram else "loss_f")]
     for step in (2, 6) if gram else ():

@@ -541,3 +541,24 @@ def test_the_last_table():
     head, _, line = common.score_table(runs, results, {}).splitlines()[2:]
     assert "Fréchet distance" in head and "logit score (not IS)" in head and "KID" not in head
     assert "1 of 2; seed 0 diverged" in line and "paper" not in head
+
+
+@pytest.mark.parametrize("script", [cifar, mnist])
+def test_an_autoencoder_that_is_stopped_goes_on(script, patch):
+    """A signal in the steps before the first update: saved with the run beside it, and the same in the end."""
+    def stopping(*given):
+        calls.append(0)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return descend(*given)
+
+    calls, descend, text, name = [], common.descend, "gmmn-ae+batch=9 gmmn+batch=9", script.__name__
+    mnist.load_lenet("data", torch.device("cpu"))       # descends, too
+    with patch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(common, "descend", stopping)
+        run(script, None, text, "--steps", 4, "--out", "two")
+    steps = [torch.load(f"two/{name}-{row}-s0/checkpoint.pt", weights_only=True)["step"] for row in text.split()]
+    assert steps == [-1, 1]
+    for out in ("one", "two"):
+        run(script, None, text, "--steps", 4, "--out", out, "--resume")
+    assert all(same(f"one/{name}-{row}-s0", f"two/{name}-{row}-s0") for row in text.split())
