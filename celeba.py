@@ -388,8 +388,8 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
     if row["decay"] and network:
         x, _ = network(few)
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
-    settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images), size=size,
-                    processes=processes)
+    settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=common.fingerprint(images),
+                    features=network and network.key, size=size, processes=processes)
     last = dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)

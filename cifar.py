@@ -17,7 +17,6 @@ from functools import partial
 import numpy as np
 import torch
 import torchvision
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -452,7 +451,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     if row["decay"] and network:
         x, _ = network(images[:CODES])
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
-    settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images)), {}
+    settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, features=network and network.key,
+                          images=common.fingerprint(images)), {}
     last |= dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings, -ENCODE if codes else 0)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
@@ -494,7 +494,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
 
 def sweep_figure(finished, sweeps):
     """Frechet distances over a number that rows vary (GRAM, Figure 5): lines through the means over seeds."""
-    figure = Figure(figsize=(5 * len(sweeps), 3.5), layout="constrained")
+    figure = common.Figure(figsize=(5 * len(sweeps), 3.5), layout="constrained")
     panels = figure.subplots(1, len(sweeps), squeeze=False).flat
     for axes, (axis, (key, values)) in zip(panels, sweeps.items()):
         for base in ("gram", "gan", "mmdgan"):
@@ -515,7 +515,7 @@ def sweep_figure(finished, sweeps):
 
 def neighbours_figure(samples, images, network):
     """Samples [N, C, H, W], each above its five nearest images in pixels and features (GRAM, Figure 4)."""
-    figure = Figure(figsize=(0.5 * len(samples), 6.5), layout="constrained")
+    figure = common.Figure(figsize=(0.5 * len(samples), 6.5), layout="constrained")
     for axes, (name, space) in zip(figure.subplots(2), (("pixels", lambda s: s.flatten(1).float()),
                                                         ("features", lambda s: network(s)[0]))):
         nearest = torch.cdist(space(samples.to(images)), space(images)).topk(5, largest=False).indices.T
@@ -574,7 +574,7 @@ def bias_figure(images, network, reference):
         for n, row in zip(sizes, values):
             print(f"{n:>9,}{row.mean():>12.5g} ± {row.std():.2g}", flush=True)
 
-    figure, title = Figure(figsize=(11, 3.5), layout="constrained"), f"{len(x):,} training images"
+    figure, title = common.Figure(figsize=(11, 3.5), layout="constrained"), f"{len(x):,} training images"
     figure.suptitle(f"{network.name}; draws with replacement from {title}, {reference['name']}", fontsize=9)
     print(figure.get_suptitle())
     first, second, third = figure.subplots(1, 3)
@@ -638,7 +638,8 @@ def disturb(images, kind, alpha, rng, others):
 
 def noise_figure(images, others, network, reference):
     """Scores of images under DISTURBANCES, each scaled to [0, 1] (Binkowski et al. 2018, appendix E)."""
-    rng, figure = torch.Generator(images.device).manual_seed(0), Figure(figsize=(11, 6), layout="constrained")
+    rng = torch.Generator(images.device).manual_seed(0)
+    figure = common.Figure(figsize=(11, 6), layout="constrained")
     figure.suptitle(f"{network.name}; {len(images):,} images against {reference['name']}", fontsize=9)
     print(figure.get_suptitle())
     clean = common.scores(network, images, reference)

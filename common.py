@@ -25,6 +25,7 @@ import difflib
 import gc
 import glob
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -37,8 +38,13 @@ import sys
 import time
 import traceback
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+
+BACKEND = os.environ.get("MPLBACKEND", "")      # a notebook's, whose package its own commands may lack
+if BACKEND.startswith("module://") and not importlib.util.find_spec(BACKEND[9:].partition(".")[0]):
+    del os.environ["MPLBACKEND"]
 
 import matplotlib
 import numpy as np
@@ -641,19 +647,20 @@ def relative_similarity(old, new):
     return 0.5 * math.erfc(float(u_old - u_new) / math.sqrt(2 * variance)) if variance > 0 else 0.5
 
 
-def inception_score(logits, splits=10, seed=0):
+def inception_score(logits, splits=None, seed=0):
     """Inception score exp(E KL(p(label | image) | p(label))) of logits [N, C]: mean and std over the splits.
 
-    In a random order, as torch-fidelity has them (Salimans et al. 2016, section 4).
+    In a random order, as torch-fidelity has them (Salimans et al. 2016, section 4). splits: 10, fewer where
+    they would have less than 100 images, whose number bounds the score; the std of one split is None.
     """
     order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
     values = []
-    for part in take(logits, order).tensor_split(min(splits, len(logits))):
+    for part in take(logits, order).tensor_split(splits or max(1, min(10, len(logits) // 100))):
         part = part.double().log_softmax(1)
         marginal = part.logsumexp(0) - math.log(len(part))
         values.append((part.exp() * (part - marginal)).sum(1).mean().exp())
     values = torch.stack(values)
-    return float(values.mean()), float(values.std(correction=0))
+    return float(values.mean()), float(values.std(correction=0)) if len(values) > 1 else None
 
 
 # ---- Networks ----------------------------------------------------------------------------------------------
@@ -1027,7 +1034,7 @@ def load_images(name, split, folder):
             make = dict(mnist=torchvision.datasets.MNIST, cifar10=torchvision.datasets.CIFAR10)[name]
             data = make(f"{folder}/torchvision", train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
-            raise OSError(f"{path}: not there, and torchvision cannot download it ({error}); go online, put "
+            raise OSError(f"{path}: not there, and torchvision cannot download it ({first_line(error)}); put "
                           "uint8 [N, C, H, W] there, or name its folder with --data") from error
         images = np.asarray(data.data)                          # [N, H, W] or [N, H, W, C]
         images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
@@ -1042,7 +1049,8 @@ def read_array(path):
     try:
         array = np.lib.format.open_memmap(path, mode="c")       # what is written stays in memory
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: no .npy file ({error}); copy it again, or delete it") from error
+        raise ValueError(f"{path}: found no .npy array ({error}), expected one of uint8 [N, 1 or 3, H, W]; a "
+                         "script's own is built again when it is deleted") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or len(array) < 2:
         raise ValueError(f"{path}: found {array.dtype} {list(array.shape)}, expected uint8 [N, 1 or 3, H, W]")
     return torch.from_numpy(array)
@@ -1091,12 +1099,20 @@ def load_folder(path, folder, side, split=None):
     split: from the list of image files to those that are wanted. Images that cannot be read are left out and
     named. Of several processes the first one builds, the others wait. Raises OSError or ValueError.
     """
+    if ranks()[0] == 0 and os.path.exists(path) and os.path.isdir(folder):
+        changed = max(os.stat(at).st_mtime for at, _, _ in os.walk(folder))
+        if changed > os.path.getmtime(path):
+            print(f"{path}: {folder} has changed since it was built; delete it to have it built again")
     if ranks()[0] == 0 and not os.path.exists(path):
         files = (split or list)(image_files(folder))
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         batches = torch.utils.data.DataLoader(files, 256, num_workers=workers,
                                               collate_fn=partial(squares, side=side))
         print(f"{path}: built once from {len(files):,} images of {folder} by {workers} processes", flush=True)
+        os.makedirs(home := os.path.dirname(path) or ".", exist_ok=True)
+        lock(home, "builds an array")
+        for part in glob.glob(f"{glob.escape(path)}*.tmp"):         # of a build that was killed
+            os.remove(part)
         n, head = 0, dict(descr="|u1", fortran_order=False, shape=(len(files), 3, side, side))
         with replacing(path) as file:
             np.lib.format.write_array_header_1_0(file, head)
@@ -1109,9 +1125,15 @@ def load_folder(path, folder, side, split=None):
                                  "there, or name another folder with --data")
             file.seek(0)                # numpy leaves room in the header for another number
             np.lib.format.write_array_header_1_0(file, head | dict(shape=(n, 3, side, side)))
+        unlock(home)
     if ranks()[1] > 1:
         distributed.barrier()
     return read_array(path)
+
+
+def fingerprint(images):
+    """What a checkpoint knows its images, uint8 [N, C, H, W], by: N, and a sum over a thousand of them."""
+    return [len(images), int(images[::max(1, len(images) // 1_000)].sum())]
 
 
 def to_device(images, device):
@@ -1121,15 +1143,30 @@ def to_device(images, device):
 
 
 def read_images(path):
-    """Images to score, uint8 [N, C, H, W], of an .npy file or of a folder of images of one size."""
+    """Images to score: uint8 [N, C, H, W] of an .npy file, or the image files, of one size, in a folder."""
     path = os.fspath(path)
     if not os.path.isdir(path):
         return read_array(path)
-    images = [pil_to_tensor(open_image(file)) for file in image_files(path)]
-    sizes = sorted({tuple(image.shape[1:]) for image in images})
-    if len(images) < 2 or len(sizes) > 1:
-        raise ValueError(f"{path}: found {len(images)} images of sizes {sizes}, expected 2 of one size")
-    return torch.stack(images)
+    if len(files := image_files(path)) < 2:
+        raise ValueError(f"{path}: found {len(files)} images, expected 2 or more")
+    return files
+
+
+def parts_of(images, n):
+    """Nearly equal parts, one at a time, of images, a tensor or files of one size: uint8 [up to n, C, H, W]."""
+    number = math.ceil(len(images) / n)
+    if torch.is_tensor(images):
+        yield from images.tensor_split(number)
+        return
+    sizes = {}                          # and a file of each
+    with ThreadPoolExecutor() as pool:
+        for files in np.array_split(images, number):
+            part = [pil_to_tensor(image) for image in pool.map(open_image, files.tolist())]
+            sizes |= {tuple(image.shape[1:]): file for image, file in zip(part, files)}
+            if len(sizes) > 1:
+                (a, first), (b, other), *_ = sizes.items()
+                raise OSError(f"found {first} of {a[1]}x{a[0]}, {other} of {b[1]}x{b[0]}, expected one size")
+            yield torch.stack(part)
 
 
 # ---- Scores: a feature network, and the distances between its features -------------------------------------
@@ -1212,7 +1249,7 @@ class FidInception(nn.Module):
 
 
 class Features:
-    """A feature network on a device: uint8 images [N, C, H, W] to features [N, D] and logits [N, L] or None.
+    """A feature network on a device: images, as of read_images, to features [N, D], logits [N, L] or None.
 
     network: from uint8 [n, 3, H, W] to features or a tuple of both; name: what scores call it; key: of its
     file. Raises RunError where the network fails or a feature is not finite.
@@ -1225,22 +1262,24 @@ class Features:
     def __call__(self, images):
         found, before = [], torch.backends.cudnn.conv.fp32_precision
         at_once = 250 if self.device.type == "cuda" else 10             # faster than 250 on a CPU
-        parts = images.tensor_split(math.ceil(len(images) / at_once))   # nearly equal, never one image alone
         try:
             torch.backends.cudnn.conv.fp32_precision = SCORE_PRECISION
-            for part in progress(f"features of {self.name}", parts, len(images)):
+            for part in progress(f"features of {self.name}", parts_of(images, at_once), len(images)):
                 out = self.network(part.to(self.device).expand(-1, 3, -1, -1))
                 found.append((out, None) if torch.is_tensor(out) else (*out, None)[:2])
             features, logits = (None if out[0] is None else torch.cat(out).float() for out in zip(*found))
             if features.ndim != 2 or len(features) != len(images):
                 raise ValueError(f"found features {list(features.shape)}, expected [{len(images)}, D]")
+        except OSError:                             # an image file
+            raise
         except Exception as error:                  # whatever the network stumbles over
-            raise RunError(f"{self.name} fails on uint8 {list(images.shape)}: {error}") from error
+            raise RunError(f"{self.name} fails on {len(images):,} images: {first_line(error)}") from error
         finally:
             torch.backends.cudnn.conv.fp32_precision = before
         if not features.isfinite().all():
             first = int(features.isfinite().all(1).logical_not().nonzero()[0])
-            raise RunError(f"{self.name}: features of image {first} are not finite")
+            first = f"image {first}" if torch.is_tensor(images) else images[first]
+            raise RunError(f"{self.name}: features of {first} are not finite")
         return features, logits
 
 
@@ -1264,9 +1303,9 @@ def load_features(path, device):
         with open(file, "rb") as content:
             key = hashlib.sha256(content.read()).hexdigest()[:8]
     except Exception as error:                      # whatever its reader stumbles over
-        if path:
-            raise ValueError(f"{path}: cannot be loaded ({first_line(error)}); expected weights of FID's "
-                             "network (.pth) or a torch.export file (.pt2)") from error
+        if path or os.path.exists(file):            # perhaps half a download
+            raise ValueError(f"{file}: cannot be loaded ({first_line(error)}); expected weights of FID's "
+                             "network (.pth; fetched again when deleted) or a torch.export file (.pt2)") from error
         print(f"FID's network cannot be fetched ({first_line(error)}): samples are kept, not scored.\n"
               f"To score, name another one with --features FILE, or copy {INCEPTION}\nto {file}", flush=True)
         return None
@@ -1298,8 +1337,8 @@ def load_reference(path, network, side=None):
         features, _ = network(crop_images(images, side) if side else images)
         mean, root = gaussian_fit(features)
         found = dict(features=features, mean=mean, root=root, source=source)
-        with suppress(OSError), replacing(kept) as file:        # kept where it can be
-            torch.save(found, file)
+        with suppress(OSError):                     # kept where it can be
+            save_tensors(kept, found)
     return dict(found, name=f"{os.path.basename(stem)}, {len(found['features']):,} images")
 
 
@@ -1613,33 +1652,46 @@ def replacing(path):
         yield io.BytesIO()
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = f"{path}.{os.getpid()}.tmp"          # two commands may write one file, such as statistics
     try:
-        with open(f"{path}.tmp", "wb") as file:
+        with open(part, "wb") as file:
             yield file
-        os.replace(f"{path}.tmp", path)
+        os.replace(part, path)
     except BaseException as error:
         if isinstance(error, OSError) and not error.filename:       # a write does not name it
             error.filename = path
         with suppress(OSError):
-            os.remove(f"{path}.tmp")
+            os.remove(part)
         raise
+
+
+def save_tensors(path, tree):
+    """torch.save() by replacing(); a full disk is an OSError, as it is not by torch.save alone."""
+    torch.save(tree, buffer := io.BytesIO())
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
 
 
 Run = namedtuple("Run", "name row seed folder")         # name: with its modifiers, see find_row
 locked = {}                                             # folders that this process holds until it ends
 
 
-def lock(folder):
+def unlock(folder):
+    """Hold a folder no longer."""
+    with suppress(KeyError):
+        os.close(locked.pop(folder))
+
+
+def lock(folder, what="trains"):
     """Hold a folder, if its file system has locks; raises ValueError if another process holds it."""
     if "fcntl" not in globals():
         return
-    with suppress(KeyError):
-        os.close(locked.pop(folder))
+    unlock(folder)
     locked[folder] = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(locked[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another command trains there; wait, or name another folder with --out")
+        raise ValueError(f"{folder}: another command {what} there; wait, or name another folder with --out")
     except OSError:
         print(f"{folder}: its file system has no locks; do not train there twice at once")
 
@@ -1659,6 +1711,8 @@ def run_folder(folder, script, resume):
             os.makedirs(folder)
             lock(folder)
             print(f"{folder} held an earlier run, which is now {old}; --resume would have gone on with it")
+        for part in glob.glob(f"{glob.escape(folder)}/*.tmp"):      # of a run that was killed
+            os.remove(part)
         for name, text in sources.items():
             with replacing(f"{folder}/{name}") as file:
                 file.write(text)
@@ -1681,8 +1735,8 @@ def save(folder, step, state, settings, check=True):
     if ranks()[1] > 1:
         distributed.all_gather_object(generators, own)
     kept = {name: s.state_dict() for name, s in state.items() if name not in own}
-    with replacing(f"{folder}/checkpoint.pt") as file:
-        torch.save(dict(step=step, settings=settings, state=kept, generators=generators), file)
+    save_tensors(f"{folder}/checkpoint.pt",
+                 dict(step=step, settings=settings, state=kept, generators=generators))
 
 
 def load(folder, state, settings, start=0):
@@ -1699,7 +1753,8 @@ def load(folder, state, settings, start=0):
     except Exception as error:              # whatever its reader stumbles over
         raise ValueError(f"{path}: cannot be read ({first_line(error)}); delete it to begin anew") from error
     for key in sorted(found.keys() | settings.keys()):
-        if found.get(key) != settings.get(key):
+        later = key == "features" and None in (found.get(key), settings.get(key))       # scored later
+        if found.get(key) != settings.get(key) and not later:
             raise ValueError(f"{path}: found a run of {step:,} updates with {key} = {found.get(key)}, "
                              f"expected {settings.get(key)}; set it back, or name another folder with --out")
     own = kept["state"] | kept["generators"][ranks()[0]]
@@ -1878,9 +1933,33 @@ def written(value):
     return ",".join(part if isinstance(part, str) else f"{part:g}" for part in parts)
 
 
+class Terminal:
+    """A stream that nobody may read any more: what cannot be written is lost, and nothing else."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        with suppress(AttributeError, ValueError):          # names of files may be of any bytes
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:                                     # or Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        except (AttributeError, ValueError):                # None, or closed
+            pass
+
+    def flush(self):
+        self.write("")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def run(main):
     """Call a script's main(); what it raises becomes a line, of the first process alone, and an exit code."""
-    sys.stdout.reconfigure(errors="backslashreplace")       # names of files may be of any bytes
+    sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     try:
         main()
         if ranks()[1] > 1:

@@ -16,8 +16,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -284,7 +282,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     if row["decay"] and network:
         x, _ = network(images[:CODES])
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
-    settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=len(images)), {}
+    settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, features=network and network.key,
+                          images=common.fingerprint(images)), {}
     step = common.load(folder, state, settings, -ENCODE if codes else 0)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     for step in common.progress(f"{name}: steps of its autoencoder", range(step + 1, 1), -step, lambda _: 1):
@@ -367,8 +366,12 @@ def load_lenet(folder, device):
         trained, (x, labels) = train_lenet(*sets["train"]), sets["test"]
         with torch.no_grad():
             right = torch.cat([trained(part)[1].argmax(1) for part in x.split(1_000)]) == labels
-        with common.replacing(path) as file:
-            torch.save(dict(weights=trained.state_dict(), accuracy=float(right.double().mean())), file)
+        kept = dict(weights=trained.state_dict(), accuracy=float(right.double().mean()))
+        try:
+            common.save_tensors(path, kept)
+        except OSError as error:
+            print(f"{path}: cannot be kept ({error}); this run goes on with it")
+            return common.Features(trained.eval(), "lenet", "not kept", device)
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(kept["weights"])
@@ -381,12 +384,12 @@ def load_lenet(folder, device):
 
 def figure_8(folder, result):
     """GRAM, Figure 8: data above samples during training, and the traces of eq. 10 and eq. 7."""
-    figure, trace = Figure(figsize=(8, 11), layout="constrained"), common.read_log(folder)
+    figure, trace = common.Figure(figsize=(8, 11), layout="constrained"), common.read_log(folder)
     axes = figure.subplot_mosaic("AABBCC;DDEEFF;GGHHII;LLLRRR")
     pictures = {step: f"{folder}/samples-{step}.png" for step in sorted({*PANELS, result["updates"]})}
     there = [step for step, path in pictures.items() if step <= result["updates"] and os.path.exists(path)]
     for place, step in zip("ABCDEFGHI", there[-9:]):
-        axes[place].imshow(imread(pictures[step]))
+        axes[place].imshow(common.open_image(pictures[step]))
         axes[place].set_title(f"update {step:,}", fontsize=9)
     for place in "ABCDEFGHI":
         axes[place].axis("off")

@@ -21,8 +21,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from matplotlib.animation import PillowWriter
-from matplotlib.figure import Figure
 from torch import nn
 
 import common
@@ -171,6 +169,8 @@ def cells(figure, seeds):
 
 def networks(row, cell):
     """Generator, critic and decoder of a cell, None for what the row has not."""
+    if not row["critic"] and (row["loss"] != "mmd" or row["critic_steps"]):
+        raise ValueError(f"loss={row['loss']} critic_steps={row['critic_steps']}: expected +critic=1 or more")
     torch.manual_seed(cell["seed"])
     out, norms = row["critic"], (partial(nn.BatchNorm1d, track_running_stats=False), nn.LayerNorm)
     norm_g, norm_f = norms if row["norms"] else (None, None)
@@ -323,7 +323,7 @@ def pearson_of_equals(f_x, row):
 
 def figure_1(run, result):
     """Figure 1 or 9a of GRAM: both spaces during training, and the traces of the losses."""
-    figure, member, row = Figure(figsize=(10, 8.2), layout="constrained"), result["members"][0], run.row
+    figure, [member], row = common.Figure((10, 8.2), layout="constrained"), result["members"], run.row
     grid, gram, equals = figure.add_gridspec(3, 4), row["loss"] == "gram", {}
     panels = PANELS_9 if run.name.startswith("mmdgan") else PANELS
     for column, step in enumerate(step for step in panels if step <= result["updates"]):
@@ -365,9 +365,10 @@ def figure_1(run, result):
 
 def animate(run):
     """training.gif of a run: data and samples, and both in the critic's space, at the updates of FRAMES."""
+    from matplotlib.animation import PillowWriter       # after common, which sees to MPLBACKEND
     kept = {int(path.rpartition("-")[2][:-4]): np.load(path)
             for path in glob.glob(f"{glob.escape(run.folder)}/points-*.npz")}
-    figure, writer = Figure(figsize=(7, 3.6), layout="constrained"), PillowWriter(fps=8)
+    figure, writer = common.Figure(figsize=(7, 3.6), layout="constrained"), PillowWriter(fps=8)
     spaces = [space for space in ("", "f_") if all(f"{space}x" in p for p in kept.values())]
     panels = figure.subplots(1, len(spaces), squeeze=False)[0]
     with writer.saving(figure, f"{run.folder}/training.tmp.gif", dpi=80):
@@ -386,7 +387,7 @@ def animate(run):
 def scatter_figure(panels, columns, title):
     """A matplotlib figure of common.scatter_panel's, from a list of (x, y, title), so many in a row."""
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(2.5 * columns, 2.6 * rows + 0.4), layout="constrained")
+    figure = common.Figure(figsize=(2.5 * columns, 2.6 * rows + 0.4), layout="constrained")
     for place, panel in enumerate(panels, 1):
         common.scatter_panel(figure.add_subplot(rows, columns, place), *panel)
     figure.axes[0].legend(fontsize=7, markerscale=3)
@@ -460,7 +461,8 @@ def figure_dirac():
         d_theta, d_psi = torch.autograd.grad(losses(theta, psi)[i].sum(), (theta, psi))
         return -d_theta, d_psi
 
-    axis, figure = partial(torch.linspace, dtype=torch.float64), Figure((13, 4.4), layout="constrained")
+    axis = partial(torch.linspace, dtype=torch.float64)
+    figure = common.Figure((13, 4.4), layout="constrained")
     theta, psi = torch.meshgrid(axis(-4, 4, 25), axis(-4, 4, 25), indexing="xy")
     starts = torch.tensor([[1.0, 0.5], [-3.0, 0.3], [3.0, 3.0]], dtype=torch.float64)     # at C MMD is flat
     *panels, last = figure.subplots(1, 3)
@@ -526,7 +528,7 @@ def figure_4():
     t = nodes.clone().requires_grad_()
     constrained, = torch.autograd.grad((critic(t) / squared.sqrt()).sum(), t)
 
-    figure, dense = Figure(figsize=(11, 5.4), layout="constrained"), (p + q > 0.05 * (p + q).max()).flatten()
+    figure, dense = common.Figure((11, 5.4), layout="constrained"), (p + q > 0.05 * (p + q).max()).flatten()
     some = torch.arange(61 * 61).view(61, 61)[::3, ::3].flatten()
     fields = ("gradient-constrained MMD", constrained), ("Sobolev", sobolev)
     for axes, (name, field) in zip(figure.subplots(1, 2), fields):
@@ -560,7 +562,7 @@ def figure_5():
     panels = {f"{name}, $\\psi$ = {psi:g}": distances(psi)[i] for name, i in (("MMD", 0), (constrained, 2))
               for psi in (0.1, 10)}
     panels |= {"SMMD, best $\\psi$ of each point": best[1], f"{constrained}, best $\\psi$": best[2]}
-    figure = Figure(figsize=(9, 9), layout="constrained")
+    figure = common.Figure(figsize=(9, 9), layout="constrained")
     for axes, (title, values) in zip(figure.subplots(3, 2).flat, panels.items()):
         mesh = axes.pcolormesh(mu.numpy(), std.numpy(), values.log().numpy(), shading="nearest")
         figure.colorbar(mesh, ax=axes)
@@ -591,11 +593,11 @@ def main(argv=None):
     torch.set_num_threads(1)            # the matrices are too small to share between cores
     runs = []
     for name, row in rows.items():      # a run has one seed for Figure 1, all seeds for the others
+        common.show(name, row, *networks(row, cells(args.figure, seeds)[-1]))       # the largest
         for own in [[seed] for seed in seeds] if single else [seeds]:
             folder = f"{args.out}/ring2d-{name}-s{own[0]}" if single else f"{out}-{name}"
             folder = common.run_folder(folder, __file__, args.resume or not single)
             runs.append(common.Run(name, row, own, folder))
-        common.show(name, row, *networks(row, cells(args.figure, seeds)[-1]))       # the largest
     print(common.log_head(COLUMNS, steps, device))
     results = common.interleave({run.folder: train(*run, steps, device, args.figure) for run in runs},
                                 common.command(argv))

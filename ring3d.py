@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 import common
@@ -161,7 +160,7 @@ def figure(run, result):
     """Figure 6 or 9b: data and samples in space, and in the critic's space, during training."""
     panels = PANELS_9 if run.row["loss"] == "mmdgan" else PANELS
     shown = [step for step in panels if step <= result["updates"]]
-    picture = Figure(figsize=(2.8 * max(len(shown), 2), 6), layout="constrained")
+    picture = common.Figure(figsize=(2.8 * max(len(shown), 2), 6), layout="constrained")
     for column, step in enumerate(shown, 1):
         p = np.load(f"{run.folder}/points-{step}.npz")
         axes = picture.add_subplot(2, len(shown), column, projection="3d")
@@ -188,10 +187,10 @@ def main(argv=None):
     torch.set_num_threads(1)            # the matrices are too small to share between cores
     runs = []
     for name, row in rows.items():
+        common.show(name, row, *networks(row))
         for seed in args.seeds:
             folder = common.run_folder(f"{args.out}/ring3d-{name}-s{seed}", __file__, args.resume)
             runs.append(common.Run(name, row, seed, folder))
-        common.show(name, row, *networks(row))
     print(common.log_head(COLUMNS, steps, device))
     results = common.interleave({run.folder: train(*run, steps, device) for run in runs},
                                 common.command(argv))

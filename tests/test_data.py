@@ -1,6 +1,7 @@
 """Data: toy sets, batches, arrays from torchvision and from folders of image files, against plain numpy."""
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torchvision
 from PIL import Image
 
 import common
+from conftest import says
 
 
 def rng(seed=0):
@@ -137,7 +139,7 @@ def test_files_that_are_no_images(tmp_path):
     several = (tmp_path / "several.npz").read_bytes()
     for content in (whole[:500], whole[:50], b"", b"no array at all", several, several[:9]):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="set.npy: .*delete it"):
+        with pytest.raises(ValueError, match="set.npy: found no .npy array .*deleted"):
             common.read_images(str(path))
     with pytest.raises(OSError, match="nothing.npy"):
         common.read_images(f"{tmp_path}/nothing.npy")
@@ -176,11 +178,16 @@ def test_a_folder_of_images_is_read(tmp_path):
     (tmp_path / "below" / "a").mkdir(parents=True)
     for name, picture in zip(("2.png", "below/b.png", "below/a/c.png"), pictures):
         Image.fromarray(picture).save(tmp_path / name)
-    assert np.array_equal(common.read_images(str(tmp_path)), pictures[[0, 2, 1]].transpose(0, 3, 1, 2))
+    files = common.read_images(tmp_path)
+    for n in (2, 3, 99):
+        parts = list(common.parts_of(files, n))
+        assert np.array_equal(torch.cat(parts), pictures[[0, 2, 1]].transpose(0, 3, 1, 2))
+        assert [len(part) for part in parts] == ([2, 1] if n == 2 else [3])
     Image.fromarray(pictures[0, :9]).save(tmp_path / "small.png")
-    for below, said in (("", r"4 images of sizes .*\(9, 24\), \(20, 24\)"), ("/below/a", "1 images")):
-        with pytest.raises(ValueError, match=f"{tmp_path}{below}: found {said}.*one size"):
-            common.read_images(f"{tmp_path}{below}")
+    with says(" of 24x20, ", f"{tmp_path}/small.png of 24x9", "expected one size"):
+        list(common.parts_of(common.read_images(tmp_path), 2))
+    with says(f"{tmp_path}/below/a: found 1 images, expected 2 or more"):
+        common.read_images(tmp_path / "below" / "a")
 
 
 @pytest.fixture
@@ -258,3 +265,28 @@ def test_a_build_that_fails_leaves_no_array(folder, tmp_path, monkeypatch):
         np.save(file, noise(9, 3, 25, 25))
     images = common.load_folder(path, str(folder), 25)
     assert len(images) == 7 and sorted(os.listdir(tmp_path)) == ["set", "set.npy"]
+
+
+def test_images_of_a_folder_are_read_part_by_part(tmp_path, monkeypatch):
+    opened = []
+    for i in range(40):
+        Image.fromarray(noise(8, 8, 3, seed=i)).save(tmp_path / f"{i:02}.png")
+    monkeypatch.setattr(common, "open_image", lambda path, read=common.open_image: opened.append(path) or read(path))
+    parts = common.parts_of(common.read_images(tmp_path), 10)
+    for done in (10, 20, 30, 40):
+        assert len(next(parts)) == 10 and len(opened) == done
+
+
+def test_an_array_whose_folder_has_changed_is_named(folder, tmp_path, capsys):
+    path = f"{tmp_path}/set.npy"
+    for changed in (False, False, True):
+        if changed:
+            os.utime(folder, (time.time() + 9, time.time() + 9))
+        common.load_folder(path, str(folder), 25)
+        assert ("has changed since it was built" in capsys.readouterr().out) is changed
+
+
+def test_a_fingerprint_tells_images_apart():
+    images = torch.from_numpy(noise(3_000, 3, 4, 4))
+    assert common.fingerprint(images) == common.fingerprint(images.clone()) and common.fingerprint(images)[0] == 3_000
+    assert common.fingerprint(images.flip(0)) != common.fingerprint(images)

@@ -263,6 +263,7 @@ def test_run_folders(tmp_path, capsys):
         assert ("--resume" in capsys.readouterr().out) == (n > 0)
         with open(f"{folder}/log.csv", "x") as file:
             file.write(str(n))
+    open(f"{folder}/a.png.7.tmp", "w").close()                      # as a kill leaves it
     common.run_folder(folder, f"{folder}/script.py", True)          # a copied script, in place
     for name, n in ((folder, 2), (f"{folder}-old-1", 0), (f"{folder}-old-2", 1)):
         found = {file: open(f"{name}/{file}").read() for file in os.listdir(name)}
@@ -298,3 +299,42 @@ def test_errors_become_a_line_and_a_code(capsys):
         common.run(lambda: 1 / 0)
     with says("--device abacus", "expected cpu"):
         common.setup("abacus")
+
+
+def test_output_that_nobody_reads(capsys):
+    """A pipe without a reader, a closed stream, none at all: what is written is lost, and nothing is raised."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    pipe, closed = open(writer, "w"), open(os.devnull, "w")
+    closed.close()
+    for stream in (pipe, closed, None):
+        for _ in range(2):
+            print("lost", file=common.Terminal(stream), flush=True)
+    pipe.close()                                    # what was left in its buffer goes nowhere
+    print("caf\u00e9 \udcff", file=common.Terminal(sys.stdout))
+    assert "caf\u00e9" in capsys.readouterr().out and common.Terminal(sys.stdout).encoding
+
+
+def test_a_notebooks_backend_in_another_environment():
+    env = dict(os.environ, MPLBACKEND="module://no_such_package.backend")
+    subprocess.run([sys.executable, "-c", "import common; common.Figure().subplots()"], cwd=ROOT, env=env, check=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_that_is_full(tmp_path, monkeypatch):
+    """One OSError that names the file, and the file before stays."""
+    common.save_tensors(path := f"{tmp_path}/a.pt", dict(x=torch.ones(3)))
+    monkeypatch.setattr(common, "open", lambda path, mode: open("/dev/full", mode, buffering=0), raising=False)
+    with says("No space left", path):
+        common.save_tensors(path, dict(x=torch.zeros(99_999)))
+    assert os.listdir(tmp_path) == ["a.pt"] and torch.load(path)["x"].sum() == 3
+
+
+def test_a_checkpoint_knows_its_images_and_features(tmp_path):
+    state, _ = small(tmp_path)
+    common.save(str(tmp_path), 3, state, settings := dict(images=[9, 99], features="a"))
+    for other, said in ((dict(images=[9, 98]), "images = [9, 99]"), (dict(features="b"), "features = a")):
+        with says("checkpoint.pt", said, "expected", "--out"):
+            common.load(str(tmp_path), state, settings | other)
+    for features in (None, "a"):                    # scored earlier, or later
+        assert common.load(str(tmp_path), state, settings | dict(features=features)) == 3

@@ -562,3 +562,20 @@ def test_an_autoencoder_that_is_stopped_goes_on(script, patch):
     for out in ("one", "two"):
         run(script, None, text, "--steps", 4, "--out", out, "--resume")
     assert all(same(f"one/{name}-{row}-s0", f"two/{name}-{row}-s0") for row in text.split())
+
+
+def test_a_lenet_that_cannot_be_kept(patch, capsys):
+    """A folder of data that must not be written to: the run has its LeNet all the same."""
+    patch.setattr(common, "save_tensors", Mock(side_effect=OSError(30, "Read-only file system")))
+    network = mnist.load_lenet("data", torch.device("cpu"))
+    assert network.name == "lenet" and not os.path.exists("data/features-lenet.pth")
+    assert "cannot be kept" in capsys.readouterr().out
+
+
+def test_features_that_are_not_finite_name_the_file(tmp_path):
+    network = export(tmp_path / "nan.pt2", "nan")
+    for i in range(3):
+        Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(f"{i}.png")
+    with says("features of", "0.png are not finite"):
+        common.score_files("data/cifar10-test.npy", os.getcwd(), network, "cpu")
+    assert not [name for name in os.listdir("..") if name.endswith("-nan.pt")]
