@@ -1069,7 +1069,8 @@ def open_image(path):
 def image_files(folder):
     """The image files in a folder and below, sorted; links are followed, each folder is visited once."""
     files, seen, known = [], set(), Image.registered_extensions()
-    ends = (*IMG_EXTENSIONS, *(end for end, name in known.items() if name in Image.OPEN))     # all PIL reads
+    reads = set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # which PIL only recognises
+    ends = (*IMG_EXTENSIONS, *(end for end, name in known.items() if name in reads))
     for at, below, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(at)) in seen:
             below.clear()
