@@ -1058,6 +1058,8 @@ def read_array(path):
 
 def open_image(path):
     """An image file as an RGB image of PIL; grey, CMYK, palettes, alpha and 16 bits become RGB of 8 bits."""
+    if not os.path.isfile(path):        # a pipe would be waited for
+        raise OSError(f"{path}: no file")
     with Image.open(path) as image:
         image.load()
         if image.mode.startswith("I"):      # 16 bits, which PIL's conversion would cut off at 255
@@ -1107,11 +1109,11 @@ def load_folder(path, folder, side, split=None):
     if ranks()[0] == 0 and not os.path.exists(path):
         files = (split or list)(image_files(folder))
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        batches = torch.utils.data.DataLoader(files, 256, num_workers=workers,
+        batches = torch.utils.data.DataLoader(files, 256, num_workers=workers, worker_init_fn=unlock_all,
                                               collate_fn=partial(squares, side=side))
         print(f"{path}: built once from {len(files):,} images of {folder} by {workers} processes", flush=True)
         os.makedirs(home := os.path.dirname(path) or ".", exist_ok=True)
-        lock(home, "builds an array")
+        lock(home, "builds an array", "--data")
         for part in glob.glob(f"{glob.escape(path)}*.tmp"):         # of a build that was killed
             os.remove(part)
         n, head = 0, dict(descr="|u1", fortran_order=False, shape=(len(files), 3, side, side))
@@ -1154,7 +1156,7 @@ def read_images(path):
 
 
 def parts_of(images, n):
-    """Nearly equal parts, one at a time, of images, a tensor or files of one size: uint8 [up to n, C, H, W]."""
+    """Nearly equal parts, one at a time, of images, a tensor or files of one size: uint8 [<= n, C, H, W]."""
     number = math.ceil(len(images) / n)
     if torch.is_tensor(images):
         yield from images.tensor_split(number)
@@ -1306,7 +1308,7 @@ def load_features(path, device):
     except Exception as error:                      # whatever its reader stumbles over
         if path or os.path.exists(file):            # perhaps half a download
             raise ValueError(f"{file}: cannot be loaded ({first_line(error)}); expected weights of FID's "
-                             "network (.pth; fetched again when deleted) or a torch.export file (.pt2)") from error
+                             "network (.pth; fetched if deleted) or a torch.export file (.pt2)") from error
         print(f"FID's network cannot be fetched ({first_line(error)}): samples are kept, not scored.\n"
               f"To score, name another one with --features FILE, or copy {INCEPTION}\nto {file}", flush=True)
         return None
@@ -1331,8 +1333,8 @@ def load_reference(path, network, side=None):
     source = repr([(os.path.basename(file), stat.st_size, stat.st_mtime_ns) for file, stat in files])
     source = hashlib.sha256(f"{SCORE_PRECISION} {source}".encode()).hexdigest()
     with suppress(Exception):           # not there, or damaged: built again
-        found = torch.load(kept, map_location=network.device, weights_only=True)
-    if found.get("source") != source:
+        found = dict(torch.load(kept, map_location=network.device, weights_only=True))
+    if found.get("source") != source or not {"features", "mean", "root"} < found.keys():
         print(f"{kept}: built once, from the features of {path}", flush=True)
         images = read_images(path)
         features, _ = network(crop_images(images, side) if side else images)
@@ -1624,10 +1626,11 @@ def interleave(runs, command=""):
                 del active[folder]
                 path = f"{folder}/result.json"
                 if folder not in took and os.path.exists(path):         # a finished run, resumed
-                    with suppress(ValueError), open(path) as file:
+                    with suppress(ValueError, AttributeError), open(path) as file:
                         old = json.load(file)
-                        took[folder] = old.get("milliseconds")
-                        results[folder] = ({} if "fd" in results[folder] else old) | results[folder]
+                        if old.get("updates") == results[folder].get("updates"):
+                            took[folder] = old.get("milliseconds")
+                            results[folder] = ({} if "fd" in results[folder] else old) | results[folder]
                 results[folder] |= dict(milliseconds=took.get(folder), command=command)
                 with replacing(path) as file:
                     file.write(json.dumps(results[folder], indent=1).encode())
@@ -1683,7 +1686,13 @@ def unlock(folder):
         os.close(locked.pop(folder))
 
 
-def lock(folder, what="trains"):
+def unlock_all(_):
+    """Hold nothing, in a worker: it would hold what its dead parent held."""
+    for folder in list(locked):
+        unlock(folder)
+
+
+def lock(folder, what="trains", flag="--out"):
     """Hold a folder, if its file system has locks; raises ValueError if another process holds it."""
     if "fcntl" not in globals():
         return
@@ -1692,7 +1701,7 @@ def lock(folder, what="trains"):
     try:
         fcntl.flock(locked[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another command {what} there; wait, or name another folder with --out")
+        raise ValueError(f"{folder}: another command {what} there; wait, or name another folder with {flag}")
     except OSError:
         print(f"{folder}: its file system has no locks; do not train there twice at once")
 
@@ -1751,6 +1760,7 @@ def load(folder, state, settings, start=0):
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         step, found = kept["step"], json.loads(json.dumps(kept["settings"]))
+        parts, generators = dict(kept["state"]), kept["generators"]
     except Exception as error:              # whatever its reader stumbles over
         raise ValueError(f"{path}: cannot be read ({first_line(error)}); delete it to begin anew") from error
     for key in sorted(found.keys() | settings.keys()):
@@ -1758,11 +1768,11 @@ def load(folder, state, settings, start=0):
         if found.get(key) != settings.get(key) and not later:
             raise ValueError(f"{path}: found a run of {step:,} updates with {key} = {found.get(key)}, "
                              f"expected {settings.get(key)}; set it back, or name another folder with --out")
-    own = kept["state"] | kept["generators"][ranks()[0]]
+    own = parts | generators[ranks()[0]]
     for name, s in state.items():
         try:
             (s.set_state if isinstance(s, torch.Generator) else s.load_state_dict)(own[name])
-        except (ValueError, RuntimeError, KeyError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {name} does not fit ({first_line(error)}); see --out") from error
         if isinstance(s, torch.optim.Optimizer):
             for group in s.param_groups:                # loaded to the CPU, and left there by load_state_dict
@@ -1797,9 +1807,9 @@ class Log:
         """Start the clock at an update, and the file with the rows that it has up to there."""
         rows = [",".join(["step", *self.columns, *self.readings, "seconds"])]
         if step and os.path.exists(self.path):
-            with open(self.path) as file:
-                rows += [row for row in file.read().splitlines()[1:]
-                         if row.count(",") == rows[0].count(",") and int(row.split(",")[0]) <= step]
+            with open(self.path, errors="replace") as file:         # rows that a kill has damaged are dropped
+                rows += [row for row in file.read().splitlines()[1:] if row.count(",") == rows[0].count(",")
+                         and row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= step]
         with replacing(self.path) as file:
             file.write("".join(row + "\n" for row in rows).encode())
         self.clock, self.shown = time.perf_counter(), (step, time.perf_counter())

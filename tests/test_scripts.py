@@ -521,6 +521,11 @@ def test_rates_without_a_network_and_numbers_of_samples(network, capsys):
     printed = capsys.readouterr().out
     assert "its learning rates stay as they are" in printed and "--resume --features FILE" in printed
     run(cifar, network, "gan+batch=9", "--steps", 2, "--resume", "--samples", 25)       # scored afterwards
+    run(cifar, None, "gan+batch=9", "--steps", 2, "--resume", "--samples", 25)          # and still scored
+    assert result("runs/cifar-gan+batch=9-s0")["fd"] > 0
+    run(cifar, None, "gan+batch=9", "--steps", 3, "--resume", "--out", "runs")          # but not further on
+    assert "fd" not in result("runs/cifar-gan+batch=9-s0")
+    run(cifar, network, "gan+batch=9", "--steps", 3, "--resume", "--samples", 25)
     found, printed = result("runs/cifar-gan+batch=9-s0"), capsys.readouterr().out
     assert found["samples"] == len(np.load("runs/cifar-gan+batch=9-s0/samples.npy")) == 25
     assert "25 samples, tiny, against cifar10-test, 30 images" in printed and "logit score (not IS)" in printed
