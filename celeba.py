@@ -182,8 +182,7 @@ def celeba_files(files, split):
 
 
 def tenth_files(files, split):
-    """Image files of a split: "test" is each tenth, of few two at least, of many each n-th; "train" the rest.
-    """
+    """Image files of a split: "test" is each tenth, of few 2 or more, of many each n-th, "train" the rest."""
     each = max(1, min(10, len(files) // 2), len(files) // HELD_OUT)
     return [file for i, file in enumerate(files) if (i % each == 0) == (split == "test")]
 

@@ -354,7 +354,7 @@ def sample(row, g, decoder, contrast, n, seed=0):
     return common.draw_samples(image, z.to(next(g.parameters()).device))
 
 
-def draw(path, device):
+def load_generator(path, device):
     """What sample() takes of a checkpoint, or of its part in results/: row, generator, decoder, contrast."""
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
@@ -670,7 +670,7 @@ def main(argv=None):
 
     device = common.setup(args.device)
     if args.draw:
-        y = sample(*draw(args.draw, device), max(args.samples or 0, 128), args.seeds[0])
+        y = sample(*load_generator(args.draw, device), max(args.samples or 0, 128), args.seeds[0])
         common.save_grid(f"{args.out}/cifar-draw.png", y[:128])
         if args.samples:
             with common.replacing(f"{args.out}/cifar-draw.npy") as file:

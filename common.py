@@ -42,7 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 
-BACKEND = os.environ.get("MPLBACKEND", "")      # a notebook's, whose package its own commands may lack
+BACKEND = os.environ.get("MPLBACKEND", "")      # commands in a notebook inherit it, not its package
 if BACKEND.startswith("module://") and not importlib.util.find_spec(BACKEND[9:].partition(".")[0]):
     del os.environ["MPLBACKEND"]
 
@@ -82,7 +82,8 @@ def squared_distances(x, y):
 def gaussian(x, y, sigma):
     """Gaussian kernels exp(-|x_i - y_j|^2 / 2 sigma^2), a slice for each bandwidth (Li et al. 2017, sec. 3).
 
-    x [..., N, D], y [..., M, D], sigma [S] in the units of x; returns [..., S, N, M], whose sum is usual.
+    x [..., N, D], y [..., M, D], sigma [S] in the units of x; returns [..., S, N, M]. The usual mixture is
+    their sum.
     """
     return torch.exp(squared_distances(x, y)[..., None, :, :] * (-0.5 / sigma.square())[:, None, None])
 
@@ -202,11 +203,11 @@ def density_ratio(K_qq, K_qp, ridge):
     """Density ratio r = p / q at q's points: density_ratio(K_yy, K_xy.mT, ridge) of gram's (GRAM, eq. 8).
 
     K_qq [..., S, M, M], K_qp [..., S, M, N], a row for each point of q; returns r [..., M], the mean over
-    bandwidths, by kernel mean matching. It solves (K_qq + ridge I) r =
-    (M / N) K_qp 1; NaN where that matrix is not positive definite. The paper prints no M / N (it has M = N)
-    and no ridge: JuliaGRAM adds 1e-3 (src/kmm.jl), GRAMFlow nothing. With one, r are the values at y of the
-    function w that minimises mean(w(y)^2) / 2 - mean(w(x)) + ridge / (2 M) |w|^2 (KuLSIF; Kanamori et al.
-    2012), and mean(r^2) is at most M / (4 ridge) if k(x, x) = 1.
+    bandwidths, by kernel mean matching: (K_qq + ridge I) r = (M / N) K_qp 1; NaN where that matrix is not
+    positive definite. The paper prints no M / N (it has M = N) and no ridge: JuliaGRAM adds 1e-3
+    (src/kmm.jl), GRAMFlow nothing. With one, r are the values at y of the function w that minimises
+    mean(w(y)^2) / 2 - mean(w(x)) + ridge / (2 M) |w|^2 (KuLSIF; Kanamori et al. 2012), and mean(r^2) is at
+    most M / (4 ridge) if k(x, x) = 1.
 
     Solved in float64, since the condition number reaches M / ridge. P = A^-1 and r_0 = P b are constants, and
     r = r_0 + P (b - A r_0) has the first derivative of the solution, dr = P (db - dA r).
@@ -296,13 +297,17 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
 def gan_critic(d_x, d_y):
     """A discriminator's loss, mean(-log s(d_x)) + mean(-log(1 - s(d_y))), s the logistic function: [...].
 
-    Logits d_x [..., N, 1] of data, d_y [..., M, 1] of samples (Goodfellow et al. 2014; JuliaGRAM: its half).
+    Logits d_x [..., N, 1] of data, d_y [..., M, 1] of samples (Goodfellow et al. 2014, eq. 1; JuliaGRAM takes
+    half of it).
     """
     return F.softplus(-d_x).mean((-2, -1)) + F.softplus(d_y).mean((-2, -1))
 
 
 def gan_generator(d_y):
-    """A generator's non-saturating loss, mean(-log s(d_y)), of logits d_y [..., M, 1] of samples: [...]."""
+    """A generator's non-saturating loss, mean(-log s(d_y)), s the logistic function: [...].
+
+    Logits d_y [..., M, 1] of samples (Goodfellow et al. 2014, section 3).
+    """
     return F.softplus(-d_y).mean((-2, -1))
 
 
@@ -449,7 +454,8 @@ def sobolev(f_x, f_y, J, multiplier, rho):
     """What the Sobolev GAN's critic maximises, and how far E|grad f(x)|^2 is above 1, Omega: ([...], [...]).
 
     wasserstein - multiplier Omega - rho / 2 Omega^2; the multiplier grows by rho Omega at each step (Mroueh
-    et al. 2018, Algorithm 1, mu = P as in Scaled MMD, section 4; its code: mu = (P + Q) / 2, never moved).
+    et al. 2018, Algorithm 1, mu = P as in Scaled MMD, section 4; the released code has mu = (P + Q) / 2 and
+    never moves it). Arguments as in swgan.
     """
     omega = J.square().sum((-2, -1)).mean(-1) - 1
     return wasserstein(f_x, f_y) - multiplier * omega - rho / 2 * omega.square(), omega
@@ -623,7 +629,8 @@ def similarity(K_xy, K_yy):
 
     K_xy and K_yy [m, m] in float64, points paired by index. u: the mean over i != j of h_ij = k(y_i, y_j) -
     k(x_i, y_j) - k(x_j, y_i). variance: the unbiased estimate of its variance, (4 (m - 2) zeta_1 + 2 zeta_2)
-    / (m (m - 1)), zeta_1 = E h_12 h_13 - E h_12 h_34, zeta_2 = E h_12^2 - E h_12 h_34. rows: means of K_xy.
+    / (m (m - 1)), zeta_1 = E h_12 h_13 - E h_12 h_34, zeta_2 = E h_12^2 - E h_12 h_34 (Hoeffding 1948). rows
+    [m]: the mean of k(x_i, y_j) over j.
     """
     m = len(K_xy)
     h = (K_yy - K_xy - K_xy.T).fill_diagonal_(0)
@@ -1472,9 +1479,10 @@ class AdaptiveRate:
     """Learning rates that fall when a model gets no nearer to the data (Binkowski et al. 2018, section 4.1).
 
     x: features [m, D] of training images; key: which network's. step(y), with those of as many new samples,
-    tests y against the model of `window` steps before and returns the p-value, None without such a model. p >
-    level is a failure; `patience` of them in a row multiply the rates by decay, not below floor. A success
-    moves the window on by one, a failure does not, a cut keeps the last `patience` models (its scorer.py).
+    tests y against the model of `window` steps before and returns the p-value, None without such a model.
+    p > level is a failure; `patience` of them in a row multiply the rates by decay, not below floor. As in
+    mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on by one, a failure leaves the old
+    model where it is, and a cut keeps the last `patience` models, the present one among them.
     """
 
     def __init__(self, optimizers, x, key, decay, window, patience, level, floor):
@@ -1721,7 +1729,7 @@ def run_folder(folder, script, resume):
             os.makedirs(folder)
             lock(folder)
             print(f"{folder} held an earlier run, which is now {old}; --resume would have gone on with it")
-        for part in glob.glob(f"{glob.escape(folder)}/*.tmp"):      # of a run that was killed
+        for part in glob.glob(f"{glob.escape(folder)}/*.tmp*"):     # of a run that was killed
             os.remove(part)
         for name, text in sources.items():
             with replacing(f"{folder}/{name}") as file:

@@ -149,3 +149,36 @@ def by_hand(row, f, decoder, x, y, a, multiplier=0.0):
         G = {"image": G.flatten(1), "columns": G.movedim(2, 1), "pixels": G}[row["slope"]]
         loss_f = loss_f + row["penalty"] * (G.norm(dim=1) - 1).square().mean()
     return loss_f, loss_g
+
+
+def agree(found, wanted, *points, near=1e-9, near_32=1e-4):
+    """found(*points) has wanted's value and gradients in float64, and in float32 up to its rounding."""
+    def results(function, dtype):
+        own = [p.detach().float().to(dtype).requires_grad_() for p in points]
+        value = function(*own)
+        slope = torch.linspace(1, 2, value.numel(), dtype=dtype).view(value.shape)
+        return [value.detach(), *torch.autograd.grad(value, own, slope)]
+
+    truth = results(wanted, torch.float64)
+    for dtype, error in ((torch.float64, near), (torch.float32, near_32)):
+        for i, (r, t) in enumerate(zip(results(found, dtype), truth)):
+            assert r.shape == t.shape and float((r - t).norm()) <= error * float(t.norm()), (dtype, i)
+
+
+SIGMA = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+
+
+def plain_objective(form, x, y, ridge=0.1, sigma=SIGMA):
+    """The table of gram_objective's docstring, by a plain solve; and the ratio."""
+    p, q = (y, x) if form in ("swap", "flow") else (x, y)
+
+    def K(a, b, s):
+        return (-(a[:, None] - b).square().sum(-1) / (2 * s * s)).exp()
+
+    eye = ridge * torch.eye(len(q), dtype=q.dtype)
+    r = sum(torch.linalg.solve(K(q, q, s) + eye, K(q, p, s).sum(1)) for s in sigma) / len(sigma)
+    r = r * len(q) / len(p)
+    r = r.clamp(min=0) if form == "clip" else r
+    square = (r - 1).square().mean()
+    return {"sum": square + 0.7 * r.sum(), "swap": square + 0.7 * r.sum(), "mean": square + 0.7 * r.mean(),
+            "clip": square, "flow": r.mean()}[form], r

@@ -10,8 +10,7 @@ from torch.nn.utils import parametrizations
 import cifar
 import common
 import ring2d
-from conftest import PLAIN, by_hand
-from test_mathematics import agree
+from conftest import PLAIN, agree, by_hand
 
 unit = common.unit_gaussian
 

@@ -14,8 +14,7 @@ from torch import nn
 import common
 import ring2d
 import ring3d
-from conftest import PLAIN, by_hand, kept, mixture, same, says
-from test_mathematics import plain_objective
+from conftest import PLAIN, by_hand, kept, mixture, plain_objective, same, says
 
 SMALL = dict(POINTS=500, LOG_EVERY=4, TRACE_EVERY=2, SAVE_EVERY=4, PANELS=(2, 6), AVERAGE=6, WIDTHS=(5, 10),
              NOISES=(2, 4), AVERAGE_EVERY=2, AVERAGE_POINTS=50, GAMN_HIDDEN=(8, 8), GRID_5=(5, 4, 3),
