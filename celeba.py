@@ -77,8 +77,7 @@ NETS = {
 DEFAULTS = dict(            # 0, False and "": without
     nets="gram",            # of NETS
     loss="mmd",             # critic_loss() and generator_loss() say what each is; gram: Algorithm 1 of GRAM
-    form="",                # of gram: common.gram_objective
-    ridge=1.0,              # of gram's density ratio
+    form="", ridge=0.0,     # of gram: common.gram_objective, and its density ratio
     kernel="li",            # of kernels()
     critic=0,               # outputs of the critic
     critic_steps=0,         # to one of the generator
@@ -91,8 +90,7 @@ DEFAULTS = dict(            # 0, False and "": without
     autoencoder=0.0,        # weight of the decoder's mean squared error
     feasible=0.0,           # weight of the feasible set reduction
     spectral="",            # fixed or learned gains of spectrally normalised weights
-    scale=10.0,             # of smmd and swgan: Scaled MMD, section 4
-    rho=1e-6,               # of sobolev; ours
+    scale=0.0, rho=0.0,     # of smmd and swgan: common.smmd2; of sobolev
     decay=0.0,              # of rates that adapt to KID
     batch=64,               # of data and of samples, in all papers, on each GPU
     precision="tf32",       # or bf16: all layers but the last in bfloat16
@@ -120,15 +118,16 @@ METHODS = {
         "wgan-gp":      dict(MMD, loss="wasserstein", critic=1, penalty=10.0),
         # Scaled MMD: Table 1a
         "smmd":         dict(SCALED, loss="smmd", scale=0.1),                       # "Rank collapse"
-        "sn-smmd":      dict(SCALED, loss="smmd", spectral="learned"),
-        "swgan":        dict(SCALED, loss="swgan"),
-        "sn-swgan":     dict(SCALED, loss="swgan", spectral="learned"),
+        "sn-smmd":      dict(SCALED, loss="smmd", scale=10.0, spectral="learned"),  # section 4
+        "swgan":        dict(SCALED, loss="swgan", scale=10.0),
+        "sn-swgan":     dict(SCALED, loss="swgan", scale=10.0, spectral="learned"),
         "sn-gan":       dict(SCALED, loss="gan", spectral="fixed"),
-        "sobolev":      dict(SCALED, loss="sobolev"),
+        "sobolev":      dict(SCALED, loss="sobolev", rho=1e-6),                     # ours
     },
     "celeba64": {
         # GRAM: Tables 1 and 2
-        "gram":         dict(loss="gram", form="swap", critic=128, lr=4e-4),        # eq. 9, p and q exchanged
+        # eq. 9 with p and q exchanged
+        "gram":         dict(loss="gram", form="swap", ridge=1.0, critic=128, lr=4e-4),
         "gan":          dict(loss="gan", critic=1, critic_steps=1, lr=2e-4, lr_g=4e-4),
         "mmdgan":       dict(LI),
         "mmdgan-conv":  dict(LI, nets="li", critic=64),
@@ -230,6 +229,7 @@ def kernels(device=None, dtype=torch.float32):
 def networks(row, size):
     """Generator, critic and decoder of a row for images of size x size, None for what it has not."""
     nets, out, decoder = NETS[row["nets"]], row["critic"], None
+    common.check_row(row, out)
     last = nn.Sigmoid if "unit" in nets else nn.Tanh
     start = nets.get("start") if size == 160 else 4
     g = (common.residual_generator(nets["z"], nets["g"], 3, last, size, start) if "start" in nets else
@@ -388,7 +388,8 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
         x, _ = network(few)
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=common.fingerprint(images),
-                    features=network and network.key, size=size, processes=processes)
+                    features=network and network.key, reference=reference and reference["key"],
+                    size=size, processes=processes)
     last = dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)

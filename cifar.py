@@ -66,7 +66,7 @@ NETS = {
 DEFAULTS = dict(            # 0, False and "": without
     nets="gram",            # of NETS
     loss="mmd",             # gram: GRAM's Algorithm 1; critic_loss() and generator_loss() say what others are
-    form="", ridge=1.0,     # of gram: common.gram_objective, and its density ratio
+    form="", ridge=0.0,     # of gram: common.gram_objective, and its density ratio
     kernel="li",            # of kernels()
     critic=0,               # outputs of the critic
     critic_steps=0, burst=False,            # to one of the generator; BURST of them now and then
@@ -78,8 +78,7 @@ DEFAULTS = dict(            # 0, False and "": without
     autoencoder=0.0, feasible=0.0,          # weights of common.reconstruction and common.feasible_set
     data_mmd=False,         # the generator minimises the MMD of pixels, too
     spectral="",            # fixed or learned gains of spectrally normalised weights
-    scale=10.0,             # of smmd and swgan: Scaled MMD, section 4
-    rho=1e-6,               # of sobolev; ours
+    scale=0.0, rho=0.0,     # of smmd and swgan: common.smmd2; of sobolev
     decay=0.0,              # of rates that adapt to KID
     batch=64,               # of data and of samples, in all papers but GMMN's
     average=3,              # samples come from averaged weights, those of update t count as t^3; this, the
@@ -92,7 +91,7 @@ NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd sw
 
 # results/cifar.md says how gram's rates and ridges were found; 8 and 16 are OctoberChang/MMD-GAN's; GAMN has
 # no weights, rates or steps: they are WGAN-GP's or ours.
-GRAM = dict(loss="gram", form="swap", critic=128, lr=4e-4)
+GRAM = dict(loss="gram", form="swap", ridge=1.0, critic=128, lr=4e-4)
 PRINTED = dict(GRAM, ridge=1e-3, lr=5e-5)                       # the paper's rate, JuliaGRAM's ridge
 LI = dict(critic=128, critic_steps=5, opt="rmsprop", lr=5e-5, clip=True, burst=True)
 MMD = dict(nets="dcgan", loss="mmd2", critic=16, critic_steps=5, beta=(0.5, 0.9), decay=0.5)
@@ -132,12 +131,12 @@ METHODS = {
     "wgan":         dict(nets="wgan", loss="wasserstein", critic=1, critic_steps=5, opt="rmsprop", lr=5e-5,
                          clip=True),
     # Scaled MMD: Tables 1a and 2; +slope=pixels: its code's penalty
-    "smmd":         dict(SCALED, loss="smmd"),
-    "sn-smmd":      dict(SCALED, loss="smmd", spectral="learned"),
-    "swgan":        dict(SCALED, loss="swgan"),
-    "sn-swgan":     dict(SCALED, loss="swgan", spectral="learned"),
+    "smmd":         dict(SCALED, loss="smmd", scale=10.0),                              # section 4
+    "sn-smmd":      dict(SCALED, loss="smmd", scale=10.0, spectral="learned"),
+    "swgan":        dict(SCALED, loss="swgan", scale=10.0),
+    "sn-swgan":     dict(SCALED, loss="swgan", scale=10.0, spectral="learned"),
     "sn-gan":       dict(SCALED, loss="gan", spectral="fixed"),
-    "sobolev":      dict(SCALED, loss="sobolev"),
+    "sobolev":      dict(SCALED, loss="sobolev", rho=1e-6),                             # ours
     "sngan-wgan-gp": dict(SCALED, loss="wasserstein", penalty=10.0),
     "mmd-gp-l2":    dict(SCALED, penalty=1.0, activation=1.0),
     "mmd-plain":    dict(SCALED),
@@ -247,10 +246,7 @@ def sngan_critic(channels, out, width):
 def networks(row):
     """Generator, critic and decoder of a row, None for what it has not."""
     nets, out, decoder = NETS[row["nets"]], row["critic"], None
-    steps, adversarial = row["critic_steps"], row["loss"] != "mmd" or row["critic_steps"]
-    if adversarial and (not out or "mlp" in nets) or row["loss"] == "gram" and (steps or not row["form"]):
-        raise ValueError(f"nets={row['nets']} loss={row['loss']} form={row['form']} critic={out} critic_steps"
-                         f"={steps}: expected a critic of 1 output or more; of gram a form and no steps")
+    common.check_row(row, out and "mlp" not in nets)
     last = nn.Sigmoid if "unit" in nets else nn.Tanh
     to_image = last(), nn.Unflatten(1, (3, 32, 32))
     if "encoder" in nets:               # GMMN+AE: the generator makes codes; dropout: yujiali/gmmn, train.py
@@ -451,8 +447,9 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     if row["decay"] and network:
         x, _ = network(images[:CODES])
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
-    settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, features=network and network.key,
-                          images=common.fingerprint(images)), {}
+    settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type,
+                          images=common.fingerprint(images), features=network and network.key,
+                          reference=reference and reference["key"]), {}
     last |= dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings, -ENCODE if codes else 0)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)

@@ -25,7 +25,6 @@ import difflib
 import gc
 import glob
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
@@ -42,9 +41,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 
-BACKEND = os.environ.get("MPLBACKEND", "")      # commands in a notebook inherit it, not its package
-if BACKEND.startswith("module://") and not importlib.util.find_spec(BACKEND[9:].partition(".")[0]):
-    del os.environ["MPLBACKEND"]
+# A notebook's commands inherit the name of its backend, but not its package, without which the import fails.
+BACKEND = "matplotlib" not in sys.modules and os.environ.pop("MPLBACKEND", "")
 
 import matplotlib
 import numpy as np
@@ -62,6 +60,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.inception import BasicConv2d
 from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
+if BACKEND:
+    with suppress(ValueError):
+        matplotlib.rcParams["backend"] = os.environ["MPLBACKEND"] = BACKEND
 with suppress(ImportError):         # not on Windows
     import fcntl
 
@@ -1035,20 +1036,37 @@ def load_images(name, split, folder):
     A missing file is built from torchvision's download, with its labels in FOLDER/NAME-SPLIT-labels.npy.
     """
     path = f"{folder}/{name}-{split}.npy"
-    if not os.path.exists(path):
-        print(f"{path} is not there: torchvision downloads {name}", flush=True)
-        try:
-            make = dict(mnist=torchvision.datasets.MNIST, cifar10=torchvision.datasets.CIFAR10)[name]
-            data = make(f"{folder}/torchvision", train=split == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"{path}: not there, and torchvision cannot download it ({first_line(error)}); put "
-                          "uint8 [N, C, H, W] there, or name its folder with --data") from error
-        images = np.asarray(data.data)                          # [N, H, W] or [N, H, W, C]
-        images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-        for end, array in (("-labels", np.uint8(data.targets)), ("", np.ascontiguousarray(images))):
-            with replacing(f"{folder}/{name}-{split}{end}.npy") as file:
-                np.save(file, array)
+    with building(path) as needed:
+        if needed:
+            print(f"{path} is not there: torchvision downloads {name}", flush=True)
+            try:
+                make = dict(mnist=torchvision.datasets.MNIST, cifar10=torchvision.datasets.CIFAR10)[name]
+                data = make(f"{folder}/torchvision", train=split == "train", download=True)
+            except (OSError, RuntimeError) as error:
+                raise OSError(f"{path}: not there, and torchvision cannot download it ({first_line(error)}); "
+                              "put uint8 [N, C, H, W] there, or name its folder with --data") from error
+            images = np.asarray(data.data)                          # [N, H, W] or [N, H, W, C]
+            images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+            for end, array in (("-labels", np.uint8(data.targets)), ("", np.ascontiguousarray(images))):
+                with replacing(f"{folder}/{name}-{split}{end}.npy") as file:
+                    np.save(file, array)
     return read_array(path)
+
+
+@contextmanager
+def building(path):
+    """Whether a file is not there, and to be built in the block, while other commands wait for its folder."""
+    if os.path.exists(path):
+        yield False
+        return
+    os.makedirs(folder := os.path.dirname(path) or ".", exist_ok=True)
+    lock(folder, wait=True)
+    for part in glob.glob(f"{glob.escape(path)}*.tmp"):         # of a build that was killed
+        os.remove(part)
+    try:
+        yield not os.path.exists(path)
+    finally:
+        unlock(folder)
 
 
 def read_array(path):
@@ -1109,36 +1127,37 @@ def load_folder(path, folder, side, split=None):
     split: from the list of image files to those that are wanted. Images that cannot be read are left out and
     named. Of several processes the first one builds, the others wait. Raises OSError or ValueError.
     """
-    if ranks()[0] == 0 and os.path.exists(path) and os.path.isdir(folder):
-        changed = max(os.stat(at).st_mtime for at, _, _ in os.walk(folder))
-        if changed > os.path.getmtime(path):
-            print(f"{path}: {folder} has changed since it was built; delete it to have it built again")
-    if ranks()[0] == 0 and not os.path.exists(path):
-        files = (split or list)(image_files(folder))
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        batches = torch.utils.data.DataLoader(files, 256, num_workers=workers, worker_init_fn=unlock_all,
-                                              collate_fn=partial(squares, side=side))
-        print(f"{path}: built once from {len(files):,} images of {folder} by {workers} processes", flush=True)
-        os.makedirs(home := os.path.dirname(path) or ".", exist_ok=True)
-        lock(home, "builds an array", "--data")
-        for part in glob.glob(f"{glob.escape(path)}*.tmp"):         # of a build that was killed
-            os.remove(part)
-        n, head = 0, dict(descr="|u1", fortran_order=False, shape=(len(files), 3, side, side))
-        with replacing(path) as file:
-            np.lib.format.write_array_header_1_0(file, head)
-            for found, errors in progress(path, batches, len(files), lambda batch: sum(map(len, batch))):
-                print("".join(f"{error}\n" for error in errors), end="", flush=True)
-                file.write(found.numpy())
-                n += len(found)
-            if n < 2:
-                raise ValueError(f"{folder}: found {n} images for {path}, expected 2 or more; put them "
-                                 "there, or name another folder with --data")
-            file.seek(0)                # numpy leaves room in the header for another number
-            np.lib.format.write_array_header_1_0(file, head | dict(shape=(n, 3, side, side)))
-        unlock(home)
+    if ranks()[0] == 0:
+        with building(path) as needed:
+            if needed:
+                build_array(path, folder, (split or list)(image_files(folder)), side)
+            elif os.path.isdir(folder):
+                changed = max(os.stat(at).st_mtime for at, _, _ in os.walk(folder))
+                if changed > os.path.getmtime(path):
+                    print(f"{path}: {folder} has changed since; delete it to have it built again")
     if ranks()[1] > 1:
         distributed.barrier()
     return read_array(path)
+
+
+def build_array(path, folder, files, side):
+    """Write the central squares of image files of a folder as the array PATH, by a process a core."""
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    batches = torch.utils.data.DataLoader(files, 256, num_workers=workers, worker_init_fn=unlock_all,
+                                          collate_fn=partial(squares, side=side))
+    print(f"{path}: built once from {len(files):,} images of {folder} by {workers} processes", flush=True)
+    n, head = 0, dict(descr="|u1", fortran_order=False, shape=(len(files), 3, side, side))
+    with replacing(path) as file:
+        np.lib.format.write_array_header_1_0(file, head)
+        for found, errors in progress(path, batches, len(files), lambda batch: sum(map(len, batch))):
+            print("".join(f"{error}\n" for error in errors), end="", flush=True)
+            file.write(found.numpy())
+            n += len(found)
+        if n < 2:
+            raise ValueError(f"{folder}: found {n} images for {path}, expected 2 or more; put them there, or "
+                             "name another folder with --data")
+        file.seek(0)                    # numpy leaves room in the header for another number
+        np.lib.format.write_array_header_1_0(file, head | dict(shape=(n, 3, side, side)))
 
 
 def fingerprint(images):
@@ -1188,8 +1207,8 @@ SCORE_PRECISION = "ieee"    # of feature networks' convolutions on a GPU; "tf32"
 
 
 def first_line(error):
-    """The first line of an exception's text, for messages."""
-    return str(error).split("\n")[0]
+    """The first line of an exception's text, or its name if it has none, for messages."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 class RunError(RuntimeError):
@@ -1326,10 +1345,11 @@ def load_features(path, device):
 
 
 def load_reference(path, network, side=None):
-    """What to score against, a dict: features [M, D] of images, gaussian_fit's mean and root, a name.
+    """What to score against, a dict: features [M, D] of images, gaussian_fit's mean and root, a name, a key.
 
     path: as read_images takes it; side: of crop_images' squares, if those are the reference. Kept beside the
-    images, as long as their files stay as they are. None without a network.
+    images, as long as their files stay as they are; key: what a checkpoint knows them by. None without a
+    network.
     """
     if network is None:
         return None
@@ -1341,12 +1361,13 @@ def load_reference(path, network, side=None):
     source = hashlib.sha256(f"{SCORE_PRECISION} {source}".encode()).hexdigest()
     with suppress(Exception):           # not there, or damaged: built again
         found = dict(torch.load(kept, map_location=network.device, weights_only=True))
-    if found.get("source") != source or not {"features", "mean", "root"} < found.keys():
+    if found.get("source") != source or not {"features", "mean", "root", "key"} < found.keys():
         print(f"{kept}: built once, from the features of {path}", flush=True)
         images = read_images(path)
         features, _ = network(crop_images(images, side) if side else images)
         mean, root = gaussian_fit(features)
-        found = dict(features=features, mean=mean, root=root, source=source)
+        key = fingerprint(images) if torch.is_tensor(images) else [len(images)]
+        found = dict(features=features, mean=mean, root=root, source=source, key=key)
         with suppress(OSError):                     # kept where it can be
             save_tensors(kept, found)
     return dict(found, name=f"{os.path.basename(stem)}, {len(found['features']):,} images")
@@ -1552,13 +1573,18 @@ AGREE = 5_000               # ms after which several processes look again whethe
 
 
 @contextmanager
-def catching():
-    """The first SIGINT, SIGTERM or SIGHUP in the block goes to `signals`; a second one ends at once."""
+def catching(training):
+    """The first SIGINT, SIGTERM or SIGHUP in the block goes to `signals`; KeyboardInterrupt but in training.
+
+    A second one ends the process at once.
+    """
     def note(number, _):
         if signals:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         signals.append(number)
+        if not training:
+            raise KeyboardInterrupt
         with suppress(OSError):             # where nobody reads it any more
             os.write(2, b"\nstopping after the next update; a second signal: at once\n" * (ranks()[0] == 0))
 
@@ -1609,7 +1635,7 @@ def interleave(runs, command=""):
         mine = torch.tensor(float(len(signals)), device=there)
         return bool(averaged(mine)[0] > 0)
 
-    with catching():
+    with catching(training=True):
         while active:
             if not several:
                 stop = bool(signals)
@@ -1700,8 +1726,8 @@ def unlock_all(_):
         unlock(folder)
 
 
-def lock(folder, what="trains", flag="--out"):
-    """Hold a folder, if its file system has locks; raises ValueError if another process holds it."""
+def lock(folder, wait=False):
+    """Hold a folder, if its file system has locks; if another process does, wait or raise ValueError."""
     if "fcntl" not in globals():
         return
     unlock(folder)
@@ -1709,7 +1735,10 @@ def lock(folder, what="trains", flag="--out"):
     try:
         fcntl.flock(locked[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{folder}: another command {what} there; wait, or name another folder with {flag}")
+        if not wait:
+            raise ValueError(f"{folder}: another command trains there; wait, or name another --out")
+        print(f"{folder}: another command builds a file there; this one waits", flush=True)
+        fcntl.flock(locked[folder], fcntl.LOCK_EX)
     except OSError:
         print(f"{folder}: its file system has no locks; do not train there twice at once")
 
@@ -1772,7 +1801,7 @@ def load(folder, state, settings, start=0):
     except Exception as error:              # whatever its reader stumbles over
         raise ValueError(f"{path}: cannot be read ({first_line(error)}); delete it to begin anew") from error
     for key in sorted(found.keys() | settings.keys()):
-        later = key == "features" and None in (found.get(key), settings.get(key))       # scored later
+        later = key in ("features", "reference") and None in (found.get(key), settings.get(key))
         if found.get(key) != settings.get(key) and not later:
             raise ValueError(f"{path}: found a run of {step:,} updates with {key} = {found.get(key)}, "
                              f"expected {settings.get(key)}; set it back, or name another folder with --out")
@@ -1946,6 +1975,20 @@ def find_row(text, methods, defaults, names):
     return "+".join([name, *changed]), row | given
 
 
+def check_row(row, critic):
+    """Raises ValueError if values of a row do not fit each other; critic: whether its networks have one."""
+    loss, steps = row["loss"], row["critic_steps"]
+    held = [key for key in ("penalty", "weights", "activation", "autoencoder", "clip", "burst") if row.get(key)]
+    found = " ".join(f"{key}={written(row[key])}" for key in ("nets", "loss", "form", "critic", "critic_steps",
+                                                              *held) if key in row)
+    if not critic and (loss != "mmd" or steps or row.get("spectral")):
+        raise ValueError(f"{found}: expected a critic of 1 output or more")
+    if (loss == "gram") != bool(row["form"]) or loss == "gram" and steps:
+        raise ValueError(f"{found}: expected a form and critic_steps=0 of gram alone")
+    if not steps and (held or loss not in ("gram", "mmd")):
+        raise ValueError(f"{found}: expected critic_steps=1 or more")
+
+
 def written(value):
     """A value of a row as --method takes it."""
     parts = value if isinstance(value, tuple) else (value,)
@@ -1980,7 +2023,8 @@ def run(main):
     """Call a script's main(); what it raises becomes a line, of the first process alone, and an exit code."""
     sys.stdout, sys.stderr = Terminal(sys.stdout), Terminal(sys.stderr)
     try:
-        main()
+        with catching(training=False):
+            main()
         if ranks()[1] > 1:
             gc.collect()            # captured graphs, which hold what is destroyed here
             distributed.destroy_process_group()

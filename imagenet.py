@@ -41,8 +41,7 @@ NETS = {"scaled": dict(g=(1024, 512, 256, 128, 64), f=(64, 128, 256, 512, 1024),
 DEFAULTS = dict(            # 0, False and "": without
     nets="scaled",          # of NETS
     loss="smmd",            # critic_loss() and generator_loss() say what each is; gram: Algorithm 1 of GRAM
-    form="",                # of gram: common.gram_objective
-    ridge=1.0,              # of gram's density ratio
+    form="", ridge=0.0,     # of gram: common.gram_objective, and its density ratio
     kernel="unit",          # of kernels()
     critic=0,               # outputs of the critic
     critic_steps=0,         # to one of the generator
@@ -50,7 +49,7 @@ DEFAULTS = dict(            # 0, False and "": without
     lr_g=0.0,               # the generator's, if another
     beta=(0.5, 0.999),      # of Adam
     spectral="",            # fixed or learned gains of spectrally normalised weights
-    scale=10.0,             # of smmd: Scaled MMD, section 4
+    scale=0.0,              # of smmd: common.smmd2
     decay=0.0,              # of rates that adapt to KID
     batch=64,               # of data and of samples, on each GPU; the mean of an MMD a GPU is the loss
     precision="tf32",       # or bf16: all layers but the last in bfloat16
@@ -62,10 +61,10 @@ NAMES = dict(nets=list(NETS), loss=["gram", "gan", "smmd"], form=["", *"sum mean
 
 SCALED = dict(critic=1, critic_steps=5, beta=(0.5, 0.9), decay=0.8)
 METHODS = {
-    "sn-smmd":      dict(SCALED, spectral="learned"),
-    "smmd":         dict(SCALED),
+    "sn-smmd":      dict(SCALED, scale=10.0, spectral="learned"),           # section 4
+    "smmd":         dict(SCALED, scale=10.0),
     "sn-gan":       dict(SCALED, loss="gan", spectral="fixed"),
-    "gram":         dict(loss="gram", form="swap", kernel="li", critic=128),    # ours; as in cifar.py
+    "gram":         dict(loss="gram", form="swap", ridge=1.0, kernel="li", critic=128),    # ours: cifar.py
 }
 # Inception score, FID, KID of Table 1b, whose SN-GAN is Miyato et al.'s, of 250,000 updates
 PAPER = {"sn-smmd": "10.91, 36.6, .035", "sn-gan": "11.16, 47.5, .044"}
@@ -97,6 +96,7 @@ def residual_critic(channels, widths, out, size=64):
 def networks(row):
     """Generator and critic of a row."""
     nets = NETS[row["nets"]]
+    common.check_row(row, row["critic"])
     g = common.residual_generator(nets["z"], nets["g"], 3, nn.Sigmoid, SIZE)
     f = residual_critic(3, nets["f"], row["critic"], SIZE)
     f.to(memory_format=torch.channels_last)             # the faster layout, but for the reshaping of Layers
@@ -211,7 +211,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
         x, _ = network(few)
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
     settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=common.fingerprint(images),
-                    features=network and network.key, processes=processes)
+                    features=network and network.key, reference=reference and reference["key"],
+                    processes=processes)
     last = dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)

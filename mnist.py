@@ -61,8 +61,7 @@ NETS = {
 DEFAULTS = dict(            # 0, False and "": without
     nets="gram",            # of NETS
     loss="mmd",             # critic_loss() and generator_loss() say what each is; gram: Algorithm 1 of GRAM
-    form="sum",             # of gram: common.gram_objective
-    ridge=1e-3,             # of gram's density ratio; JuliaGRAM's
+    form="", ridge=0.0,     # of gram: common.gram_objective, and its density ratio
     kernel="li",            # of kernels()
     critic=0, critic_steps=0,               # outputs of the critic; its steps to one of the generator
     opt="adam", lr=1e-4, lr_g=0.0, beta=(0.5, 0.999),       # lr_g: the generator's rate, if another
@@ -70,16 +69,15 @@ DEFAULTS = dict(            # 0, False and "": without
     penalty=0.0, slope="image",             # weight of the gradient penalty, whose norm it holds: common.AXES
     activation=0.0,         # weight of the penalty on the activations of all layers
     spectral="",            # fixed or learned gains of spectrally normalised weights
-    scale=10.0,             # of smmd: Scaled MMD, section 4
-    lam=1.0,                # of gcmmd: Scaled MMD, Figure 5; for its Figure 6 the paper has none
+    scale=0.0, lam=0.0,     # of smmd: common.smmd2; of gcmmd: common.gradient_constrained_mmd2
     decay=0.0,              # of rates that adapt to KID
     batch=64,               # of data and of samples
 )
 NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd gcmmd".split(),
-             form="sum mean clip swap flow".split(), kernel="li rbf gmmn rq rqdot dot distance unit".split(),
+             form=["", *"sum mean clip swap flow".split()], kernel="li rbf gmmn rq rqdot dot distance unit".split(),
              opt=["adam", "rmsprop"], slope=list(common.AXES), spectral=["", "fixed", "learned"])
 
-GRAM = dict(loss="gram", critic=100, lr=1e-3, batch=200)
+GRAM = dict(loss="gram", form="sum", ridge=1e-3, critic=100, lr=1e-3, batch=200)    # ridge: JuliaGRAM
 MMD = dict(nets="dcgan16", loss="mmd2", critic=16, critic_steps=5, beta=(0.5, 0.9), decay=0.5)
 GAMN = dict(nets="gamn", kernel="gmmn", critic=10, critic_steps=5, beta=(0.5, 0.9), batch=50)
 GMMN = dict(nets="gmmn", kernel="gmmn", lr=1e-3, batch=1_000)   # its code has momentum; Adam, rate: ours
@@ -103,11 +101,11 @@ METHODS = {
                          clip=True, batch=50),
     "wgan-gp":      dict(GAMN, penalty=10.0, nets="wgan-gp", loss="wasserstein", critic=1),
     "gan":          dict(nets="wgan", loss="gan", critic=1, critic_steps=1, lr=2e-4, batch=50),
-    # Scaled MMD: Figure 6
-    "smmd":         dict(SCALED, loss="smmd"),
-    "sn-smmd":      dict(SCALED, loss="smmd", spectral="learned"),
-    "gcmmd":        dict(SCALED, loss="gcmmd"),                                         # Proposition 4
-    "sn-gcmmd":     dict(SCALED, loss="gcmmd", spectral="learned"),
+    # Scaled MMD: Figure 6, for which it has no lambda: 1 is its Figure 5's
+    "smmd":         dict(SCALED, loss="smmd", scale=10.0),                              # section 4
+    "sn-smmd":      dict(SCALED, loss="smmd", scale=10.0, spectral="learned"),
+    "gcmmd":        dict(SCALED, loss="gcmmd", lam=1.0),                                # Proposition 4
+    "sn-gcmmd":     dict(SCALED, loss="gcmmd", lam=1.0, spectral="learned"),
 }
 PAPERS = {"GRAM": "gram", "Demystifying MMD GANs": "mmd-rqdot", "GAMN": "gmmn", "Scaled MMD": "smmd"}
 # A paper's table: samples, updates (50,000 in the paper), and of each row the Inception score, FID, KID
@@ -143,6 +141,7 @@ def pooled_critic(widths, out):
 def networks(row):
     """Generator, critic and decoder of a row, None for what it has not."""
     nets, out = NETS[row["nets"]], row["critic"]
+    common.check_row(row, out and ("mlp" not in nets or "pooled" in nets))
     to_image = nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28))
     if "encoder" in nets:               # GMMN+AE: the generator makes codes; dropout: yujiali/gmmn, train.py
         first, act, last = common.mlp(*nets["encoder"])
@@ -282,8 +281,9 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     if row["decay"] and network:
         x, _ = network(images[:CODES])
         state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
-    settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type, features=network and network.key,
-                          images=common.fingerprint(images)), {}
+    settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type,
+                          images=common.fingerprint(images), features=network and network.key,
+                          reference=reference and reference["key"]), {}
     step = common.load(folder, state, settings, -ENCODE if codes else 0)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     for step in common.progress(f"{name}: steps of its autoencoder", range(step + 1, 1), -step, lambda _: 1):

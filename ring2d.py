@@ -49,8 +49,8 @@ COLUMNS = ("loss_f", "loss_g", "pearson", "mean_r")
 DEFAULTS = dict(            # 0, False and "": without
     std=0.2,                # of the ring's modes; JuliaGRAM's, the paper says 0.01
     loss="mmd",             # critic_loss() and generator_loss() say what each is; gram: Algorithm 1 of GRAM
-    form="sum",             # of gram: common.gram_objective
-    ridge=1e-3,             # of gram's density ratio; JuliaGRAM, src/kmm.jl, not in the paper
+    form="",                # of gram: common.gram_objective
+    ridge=0.0,              # of gram's density ratio
     sigma=(1.0,),           # bandwidths; GRAM, appendix B.1
     critic=0,               # outputs of the critic
     critic_steps=0,         # to one of the generator; gram moves both at once
@@ -66,12 +66,12 @@ DEFAULTS = dict(            # 0, False and "": without
     norms=False,            # batch norm in the generator, LayerNorm in the critic, as GAMN
     batch=200,              # of data and of samples; GRAM, appendix B.1
 )
-NAMES = dict(loss="gram gan mmd wasserstein".split(), form="sum mean clip swap flow".split(),
+NAMES = dict(loss="gram gan mmd wasserstein".split(), form=["", *"sum mean clip swap flow".split()],
              opt=["adam", "rmsprop"], weights=["", "l1", "l2", "l2-all"])
 
 # Numbers of GRAM's rows: appendix B.1 and B.3; 8 and 16 are Li et al.'s. WGAN's and WGAN-GP's numbers are in
 # gan_toy.py. GAMN names none: steps, rates and 10 are those of WGAN-GP on images, the other weights ours.
-GRAM = dict(loss="gram", critic=2)
+GRAM = dict(loss="gram", critic=2, ridge=1e-3)              # JuliaGRAM, src/kmm.jl; not in the paper
 GAMN = dict(critic=10, critic_steps=5, lr=1e-4, beta=(0.5, 0.9), batch=256, sigma=GAMN_SIGMA, norms=True)
 WGAN = dict(loss="wasserstein", critic=1, critic_steps=5, batch=256)
 METHODS = {
@@ -169,8 +169,7 @@ def cells(figure, seeds):
 
 def networks(row, cell):
     """Generator, critic and decoder of a cell, None for what the row has not."""
-    if not row["critic"] and (row["loss"] != "mmd" or row["critic_steps"]):
-        raise ValueError(f"loss={row['loss']} critic_steps={row['critic_steps']}: expected +critic=1 or more")
+    common.check_row(row, row["critic"])
     torch.manual_seed(cell["seed"])
     out, norms = row["critic"], (partial(nn.BatchNorm1d, track_running_stats=False), nn.LayerNorm)
     norm_g, norm_f = norms if row["norms"] else (None, None)

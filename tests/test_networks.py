@@ -335,7 +335,7 @@ def test_networks_at_full_size(script):
     for name, (law, z, g, f, out) in SIZES[script].items():
         size = [160 if name in ("scaled", "resnet") else 64] if script is celeba else []
         with torch.device("meta"):
-            built = script.networks(script.DEFAULTS | dict(nets=name, critic=out), *size)
+            built = script.networks(script.DEFAULTS | dict(nets=name, critic=out, loss="mmd"), *size)
         assert (count(built[0]), count(built[1])) == (g, f), name
         assert script.NETS[name]["noise"] is getattr(common, f"{law}_noise") and script.NETS[name]["z"] == z
 

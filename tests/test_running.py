@@ -1,4 +1,5 @@
 """Running and keeping: turns, signals, optimizers, rates that adapt, logs, checkpoints, folders, flags."""
+import importlib.util
 import json
 import os
 import signal
@@ -286,7 +287,7 @@ def test_flags(capsys):
         assert wrong.split("=")[0] in capsys.readouterr().err
 
 
-def test_errors_become_a_line_and_a_code(capsys):
+def test_errors_become_a_line_and_a_code(tmp_path, capsys):
     def main():
         raise error
     errors = ValueError("found a"), OSError(28, "Full", "f.pt"), common.RunError("none"), KeyboardInterrupt()
@@ -295,6 +296,14 @@ def test_errors_become_a_line_and_a_code(capsys):
             common.run(main)
         [line] = capsys.readouterr().err.splitlines()
         assert end.value.code == code and said in line
+    def stopped():                                  # where nothing trains: what it builds leaves nothing
+        with common.replacing(path):
+            signal.raise_signal(signal.SIGTERM)
+    before, path = signal.getsignal(signal.SIGTERM), f"{tmp_path}/array.npy"
+    with pytest.raises(SystemExit) as end:
+        common.run(stopped)
+    assert end.value.code == 128 + signal.SIGTERM and capsys.readouterr().err.count("\n") == 1
+    assert os.listdir(tmp_path) == [] and signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(ZeroDivisionError):          # a defect is not the user's
         common.run(lambda: 1 / 0)
     with says("--device abacus", "expected cpu"):
@@ -315,9 +324,13 @@ def test_output_that_nobody_reads(capsys):
     assert "caf\u00e9" in capsys.readouterr().out and common.Terminal(sys.stdout).encoding
 
 
-def test_a_notebooks_backend_in_another_environment():
-    env = dict(os.environ, MPLBACKEND="module://no_such_package.backend")
-    subprocess.run([sys.executable, "-c", "import common; common.Figure().subplots()"], cwd=ROOT, env=env, check=True)
+def test_a_backend_that_is_not_there(tmp_path):
+    """A command in a notebook inherits its kernel's; one that is there is kept."""
+    code = "import os, common; common.Figure().subplots(); print(os.environ.get('MPLBACKEND'))"
+    for name, kept in (("module://matplotlib_inline.backend_inline", "None"), ("no such", "None"), ("svg", "svg")):
+        env = dict(os.environ, MPLBACKEND=name)
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+        assert said.split() == [kept] or importlib.util.find_spec("matplotlib_inline")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -332,9 +345,10 @@ def test_a_disk_that_is_full(tmp_path, monkeypatch):
 
 def test_a_checkpoint_knows_its_images_and_features(tmp_path):
     state, _ = small(tmp_path)
-    common.save(str(tmp_path), 3, state, settings := dict(images=[9, 99], features="a"))
-    for other, said in ((dict(images=[9, 98]), "images = [9, 99]"), (dict(features="b"), "features = a")):
+    common.save(str(tmp_path), 3, state, settings := dict(images=[9, 99], features="a", reference=[8]))
+    for other, said in ((dict(images=[9, 98]), "images = [9, 99]"), (dict(features="b"), "features = a"),
+                        (dict(reference=[7]), "reference = [8]")):
         with says("checkpoint.pt", said, "expected", "--out"):
             common.load(str(tmp_path), state, settings | other)
     for features in (None, "a"):                    # scored earlier, or later
-        assert common.load(str(tmp_path), state, settings | dict(features=features)) == 3
+        assert common.load(str(tmp_path), state, settings | dict(features=features, reference=features and [8])) == 3

@@ -23,6 +23,7 @@ import cifar
 import common
 import imagenet
 import mnist
+import ring2d
 from conftest import Features, by_hand, export, kept, same, says
 
 ROOT = os.path.dirname(os.path.abspath(common.__file__))
@@ -426,6 +427,14 @@ def test_bad_input(network, patch):
     for script, text, said in ((cifar, "gramm", "gram?"), (mnist, "smd", "smmd"), (celeba, "gram", "'gram'"),
                                (imagenet, "gan", "sn-gan"), (cifar, "gram+critc=8", "critic?")):
         with says(said, f"--method {text}"):
+            run(script, None, text)
+    for script, text in ((cifar, "gram+nets=gmmn"), (mnist, "gram+nets=gmmn"), (cifar, "mmdnet+spectral=fixed"),
+                         (celeba, "sn-smmd+critic=0"), (imagenet, "gram+critic=0"), (ring2d, "gan+critic=0")):
+        with says("expected a critic of 1 output or more"):
+            run(script, None, text)
+    for script, text in ((cifar, "gram+autoencoder=8"), (celeba, "sn-smmd+critic_steps=0"), (mnist, "gan+form=sum"),
+                         (imagenet, "gram+form="), (ring2d, "gram+critic_steps=1")):
+        with says("critic_steps=", ": expected "):
             run(script, None, text)
     with says("--figure bias needs a feature network", "--features"):
         run(cifar, None, "gram", "--figure", "bias")
