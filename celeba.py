@@ -36,6 +36,7 @@ ADAPT = (10, 3, 0.1, 1e-6)              # floor: Demystifying MMD GANs, section 
 SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score, if neither --samples nor --table says
 KEEP = 1_000                # of them in samples.npy
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
+COMPILE = 10_000            # updates from which torch.compile pays on a GPU; with batch norm it does not
 LOG_EVERY = 200
 SCORE_EVERY = 10_000        # and a grid of samples
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
@@ -69,7 +70,7 @@ NETS = {
     "li":      dict(DCGAN, kernel=4, norms=(None, BATCH), z=64, noise=NORMAL),
     "dcgan":   dict(DCGAN, z=100, unit=True),
     "dcgan16": dict(DCGAN, f=(16, 32, 64, 128), z=100, unit=True),
-    "gamn":    dict(DCGAN, norms=(None, common.layer_norm), noise=NORMAL),      # igul222, gan_64x64.py
+    "gamn":    dict(DCGAN, norms=(None, common.LayerNorm), noise=NORMAL),      # igul222, gan_64x64.py
     "wgan":    dict(DCGAN, norms=(None, BATCH), noise=NORMAL),
     "wgan-gp": dict(DCGAN, noise=NORMAL),
 }
@@ -193,7 +194,7 @@ def find_set(name):
     if not os.path.isdir(name):
         raise ValueError(f"--set {name}: found no such folder, expected {', '.join(SETS)}, or a folder")
     path = os.path.realpath(name)
-    stem = f"{os.path.basename(path)}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    stem = f"{os.path.basename(path)}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
     return stem, METHODS["own"], dict(OWN, array=stem, folder=path)
 
 
@@ -243,13 +244,18 @@ def networks(row, size):
     return g, common.spectral(f, row["spectral"] == "learned") if row["spectral"] else f, decoder
 
 
-def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
-    """What the critic minimises, but GRAM's, at data x and samples y, both [N, 3, H, W]: a scalar."""
-    outputs = [] if row["activation"] else None
-    if row["loss"] in ("smmd", "swgan", "sobolev"):     # the critic's slope at the data
-        (h_x, J), h_y = common.jacobian(f, x), f(y)
+def critic_loss(row, f, decoder, kernel, x, y, a, multiplier=None):
+    """What the critic minimises, but GRAM's, at data x and samples y, both [N, 3, H, W]: a scalar.
+
+    a ~ U[0, 1], [N, 1, 1, 1]: where between them a penalty holds the critic's slope.
+    """
+    n, held, outputs = len(x), row["penalty"], []
+    if held or row["activation"] or row["loss"] in ("smmd", "swgan", "sobolev"):
+        between = [a * x + (1 - a) * y] if held else []
+        h, back = common.pullback(f, torch.cat([x, y, *between]), outputs)
+        h_x, h_y, h_t = h[:n], h[n:2 * n], h[2 * n:]
     else:
-        h_x, h_y = common.both(f, x, y, outputs)
+        h_x, h_y = common.both(f, x, y)
     match row["loss"]:
         case "gan": loss = common.gan_critic(h_x, h_y)
         case "wasserstein": loss = -common.wasserstein(h_x, h_y)
@@ -257,20 +263,21 @@ def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
         case "mmd": loss = -common.mmd(*common.gram(kernel, h_x, h_y))
         case "mmd2": loss = -common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
         case "smmd":
-            loss = -common.smmd2(common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True), J, row["scale"])
-        case "swgan": loss = -common.swgan(h_x, h_y, J, row["scale"])
+            squared = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+            loss = -common.smmd2(squared, common.jacobian(h_x, back), row["scale"])
+        case "swgan": loss = -common.swgan(h_x, h_y, common.jacobian(h_x, back), row["scale"])
         case "sobolev":
+            J = common.jacobian(h_x, back)
             objective, omega = common.sobolev(h_x, h_y, J, multiplier.clone(), row["rho"])
             loss = -objective
             multiplier.add_(row["rho"] * omega.detach())
-    if row["penalty"]:     # on the slope of the best critic in f's space, or of f: WGAN-GP, GAMN, eq. 7
+    if held:                # on the slope of the best critic in f's space, or of f: WGAN-GP, GAMN, eq. 7
         best = {"cramer": lambda h: common.cramer_witness(h, h_y),
                 "mmd2": lambda h: common.witness(kernel, h, h_x, h_y)}.get(row["loss"], lambda h: h.sum(-1))
-        a = torch.rand(len(x), generator=rng, device=x.device)
-        slope = common.gradient_penalty(lambda t: best(f(t)), x, y, a, common.AXES[row["slope"]])
-        loss = loss + row["penalty"] * slope
+        slope = back(torch.func.grad(lambda h: best(h).sum())(h_t), slice(2 * n, None))
+        loss = loss + row["penalty"] * common.gradient_penalty(slope, common.AXES[row["slope"]]).mean()
     if row["activation"]:
-        loss = loss + row["activation"] * common.activation_penalty(outputs)
+        loss = loss + row["activation"] * common.activation_penalty([h[:2 * n] for h in outputs])
     if row["feasible"]:
         loss = loss - row["feasible"] * common.feasible_set(h_x, h_y)
     if row["autoencoder"]:
@@ -282,11 +289,11 @@ def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
 
 def generator_loss(row, f, kernel, x, y):
     """What the generator minimises, but with GRAM's critic, at data x and samples y: a scalar, f(x), f(y)."""
-    with common.frozen(f):
-        if row["loss"] in ("smmd", "swgan"):
-            (h_x, J), h_y = common.jacobian(f, x), f(y)
-        else:
-            h_x, h_y = common.both(f, x, y)
+    if row["loss"] in ("smmd", "swgan"):
+        h_x, back = common.pullback(f, x)
+        J, h_y = common.jacobian(h_x, back), f(y)
+    else:
+        h_x, h_y = common.both(f, x, y)
     match row["loss"]:
         case "gan": loss = common.gan_generator(h_y)
         case "wasserstein" | "sobolev": loss = common.wasserstein(h_x, h_y)
@@ -328,13 +335,21 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
     def draw():
         x = common.crop_images(inputs, size, rng) if crops else inputs
         x = common.flip_images(x, rng) if row["mirror"] else x
-        return x / 255 if "unit" in nets else x / 127.5 - 1, g(nets["noise"](row["batch"], nets["z"], rng))
+        return x / 255 if "unit" in nets else x / 127.5 - 1, nets["noise"](row["batch"], nets["z"], rng)
+
+    def critic(x, z, a):
+        with torch.no_grad():
+            y = g(z)
+        return critic_loss(row, f, decoder, kernel, x, y, a, players.multiplier)
+
+    def generator(x, z):
+        return generator_loss(row, f, kernel, x, g(z))
 
     def critic_step():
-        with torch.no_grad():
-            x, y = draw()
+        x, z = draw()
+        a = torch.rand(len(x), 1, 1, 1, generator=rng, device=device) if row["penalty"] else None
         with parametrize.cached():      # a spectral norm is iterated once
-            loss = critic_loss(row, f, decoder, kernel, x, y, rng, players.multiplier)
+            loss = critic(x, z, a)
             common.descend((opt_f, loss))
         if row["clip"]:
             common.clip_weights(f, CLIP)
@@ -343,9 +358,9 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
         log.add(loss_f=loss)
 
     def generator_step():
-        x, y = draw()
+        x, z = draw()
         if row["loss"] == "gram":       # Algorithm 1: one Gram matrix, both gradients, both steps
-            h_x, h_y = common.both(f, x, y)
+            h_x, h_y = common.both(f, x, g(z))
             K_xx, K_xy, K_yy = common.gram(kernel, h_x, h_y)
             objective, r = common.gram_objective(K_xx, K_xy, K_yy, row["form"], row["ridge"], LAMBDA)
             loss = common.mmd2(K_xx, K_xy, K_yy)
@@ -353,8 +368,8 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
             K_ratio.copy_((K_xx if row["form"] in common.AT_DATA else K_yy).detach())
             log.add(loss_f=-objective, pearson=common.pearson(r), mean_r=r.mean())
         else:
-            with parametrize.cached():
-                loss, h_x, h_y = generator_loss(row, f, kernel, x, y)
+            with common.frozen(f), parametrize.cached():
+                loss, h_x, h_y = generator(x, z)
                 common.descend((opt_g, loss))
         log.add(loss_g=loss, spread=h_x.var(0).sum() / h_y.var(0).sum())
         if row["average"]:
@@ -392,6 +407,8 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
                     size=size, processes=processes)
     last = dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
+    fast = device.type == "cuda" and steps >= COMPILE and BATCH not in nets["norms"]
+    critic, generator = common.compiled(critic, fast), common.compiled(generator, fast)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     log.start(step)
     while step < steps:
@@ -430,8 +447,8 @@ def main(argv=None):
     parser.add_argument("--figure", choices=FIGURES, help="draw a paper's figure; finished runs are kept")
     args = parser.parse_args(argv)
     common.join(args.device)
-    where, samples, table = TABLES.get(args.table, (args.set or "celeba160", 0, {}))
-    if args.set not in (None, where):
+    where, samples, table = TABLES.get(args.table, ("celeba160" if args.set is None else args.set, 0, {}))
+    if args.table and args.set not in (None, where):
         raise ValueError(f"--table {args.table}: found --set {args.set}, expected {where}, or no --set")
     chosen, methods, own = find_set(where)
     names = args.method or table or FIGURES.get(args.figure) or [own["method"]]
@@ -443,7 +460,8 @@ def main(argv=None):
     images, path = load_set(own, args.data)
     if chosen not in SETS and len(images) < most:
         raise ValueError(f"{own['folder']}: found {len(images)} images to train on, expected {most} or "
-                         "more, a batch; add images, or name a smaller batch with --method NAME+batch=N")
+                         f"more, a batch; name a smaller one by --method NAME+batch=N, or add images and "
+                         f"delete {args.data}/{own['array']}-*.npy")
     network = common.load_features(args.features, device)
     reference = common.load_reference(path, network, size if images.shape[-1] > size else None)
     images = common.to_device(images, device)

@@ -36,6 +36,7 @@ ADAPT_EVERY, CODES = 2_000, 2_048       # of rates that adapt, and samples for i
 ADAPT = (10, 3, 0.1, 1e-6)              # floor: Demystifying MMD GANs, section 5, and its code's scorer.py
 SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score and to keep, if neither --samples nor --table says
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
+COMPILE = 10_000            # updates from which torch.compile pays on a GPU; with batch norm it does not
 LOG_EVERY = 200
 SCORE_EVERY = 20_000        # and a grid of samples; a figure may have its own
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
@@ -45,7 +46,7 @@ READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")       # condition: of 
 # Widths of generator and critic, size of their filters, norms behind the critic's first convolution and the
 # others, noise; unit: pixels are in [0, 1] instead of [-1, 1]. common.dcgan_critic names the sources.
 NORMAL, UNIFORM = common.normal_noise, common.uniform_noise
-BATCH, LAYER = common.batch_norm, common.layer_norm
+BATCH, LAYER = common.batch_norm, common.LayerNorm
 GRAMFLOW = dict(g=(128, 64, 32), kernel=4, norms=(BATCH,), z=128, noise=UNIFORM)
 DEMYSTIFYING = dict(g=(512, 256, 128, 64), kernel=5, norms=(None,), z=100, noise=UNIFORM, unit=True)
 GULRAJANI = dict(g=(512, 256, 128), f=(128, 256, 512), kernel=5, z=128, noise=NORMAL)
@@ -81,13 +82,14 @@ DEFAULTS = dict(            # 0, False and "": without
     scale=0.0, rho=0.0,     # of smmd and swgan: common.smmd2; of sobolev
     decay=0.0,              # of rates that adapt to KID
     batch=64,               # of data and of samples, in all papers but GMMN's
+    precision="tf32",       # or bf16: all layers but the last in bfloat16
     average=3,              # samples come from averaged weights, those of update t count as t^3; this, the
     contrast=True, mirror=True,             # data's contrast, and mirrored data are ours: results/cifar.md
 )
 NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd swgan sobolev".split(),
              form=["", "sum", "mean", "clip", "swap", "flow"], opt=["adam", "rmsprop"], slope=[*common.AXES],
              kernel="li rbf gmmn rq rqdot dot distance unit".split(), weights=["", "l1", "l2", "l2-all"],
-             spectral=["", "fixed", "learned"])
+             spectral=["", "fixed", "learned"], precision=["tf32", "bf16"])
 
 # results/cifar.md says how gram's rates and ridges were found; 8 and 16 are OctoberChang/MMD-GAN's; GAMN has
 # no weights, rates or steps: they are WGAN-GP's or ours.
@@ -238,7 +240,7 @@ def sngan_critic(channels, out, width):
     layers, before = [], channels
     for i, after in enumerate(width * m for m in (1, 2, 2, 4, 4, 8, 8)):
         shape = (4, 2, 1) if i % 2 else (3, 1, 1)
-        layers += [common.Conv2d(before, after, *shape), nn.LeakyReLU(0.2, inplace=True)]
+        layers += [nn.Conv2d(before, after, *shape), nn.LeakyReLU(0.2, inplace=True)]
         before = after
     return common.dcgan_init(common.Layers(*layers, nn.Flatten(), nn.Linear(before * 16, out)))
 
@@ -263,23 +265,29 @@ def networks(row):
         f = common.dcgan_critic(3, nets["f"], out, nets["kernel"], nets["norms"]) if out else None
     if row["autoencoder"]:
         decoder = common.dcgan_generator(out, nets["g"], 3, nets["kernel"], last)
+    g.bfloat16 = row["precision"] == "bf16"
+    if f:
+        f.bfloat16 = g.bfloat16
     if f and BATCH not in nets.get("norms", ()):
         f.to(memory_format=torch.channels_last)         # the faster layout, but for the reshaping of Layers
     return g, common.spectral(f, row["spectral"] == "learned") if row["spectral"] else f, decoder
 
 
-def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
+def critic_loss(row, f, decoder, kernel, x, y, a, multiplier=None):
     """What the critic minimises at data x and samples y, both [N, 3, 32, 32], but for GRAM's: a scalar.
 
-    multiplier: of sobolev's constraint, which moves with each call.
+    a ~ U[0, 1], [N, 1, 1, 1]: where between them a penalty holds the critic's slope; multiplier: of sobolev's
+    constraint, which moves with each call.
     """
     if row["nets"] == "gmmn-ae":                        # the autoencoder's cross-entropy; y is not looked at
         return F.binary_cross_entropy(decoder(f(x)), x)
-    outputs = [] if row["activation"] else None
-    if row["loss"] in ("smmd", "swgan", "sobolev"):     # the critic's slope at the data
-        (h_x, J), h_y = common.jacobian(f, x), f(y)
+    n, held, outputs = len(x), row["penalty"] and not row["weights"], []
+    if held or row["activation"] or row["loss"] in ("smmd", "swgan", "sobolev"):
+        between = [a * x + (1 - a) * y] if held else []
+        h, back = common.pullback(f, torch.cat([x, y, *between]), outputs)
+        h_x, h_y, h_t = h[:n], h[n:2 * n], h[2 * n:]
     else:
-        h_x, h_y = common.both(f, x, y, outputs)
+        h_x, h_y = common.both(f, x, y)
     match row["loss"]:
         case "gan": loss = common.gan_critic(h_x, h_y)
         case "wasserstein": loss = -common.wasserstein(h_x, h_y)
@@ -288,21 +296,22 @@ def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
         case "mmd2": loss = -common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
         case "smmd":
             squared = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
-            loss = -common.smmd2(squared, J, row["scale"])
-        case "swgan": loss = -common.swgan(h_x, h_y, J, row["scale"])
+            loss = -common.smmd2(squared, common.jacobian(h_x, back), row["scale"])
+        case "swgan": loss = -common.swgan(h_x, h_y, common.jacobian(h_x, back), row["scale"])
         case "sobolev":
+            J = common.jacobian(h_x, back)
             objective, omega = common.sobolev(h_x, h_y, J, multiplier.clone(), row["rho"])
             loss = -objective
             multiplier.add_(row["rho"] * omega.detach())
     if row["weights"]:
         loss = loss + row["penalty"] * common.weight_penalty(f, row["weights"])
-    elif row["penalty"]:     # on the slope of the best critic in f's space, or of f: WGAN-GP, GAMN, eq. 7
+    elif held:              # on the slope of the best critic in f's space, or of f: WGAN-GP, GAMN, eq. 7
         best = {"cramer": lambda h: common.cramer_witness(h, h_y),
                 "mmd2": lambda h: common.witness(kernel, h, h_x, h_y)}.get(row["loss"], lambda h: h.sum(-1))
-        a, axis = torch.rand(len(x), generator=rng, device=x.device), common.AXES[row["slope"]]
-        loss = loss + row["penalty"] * common.gradient_penalty(lambda t: best(f(t)), x, y, a, axis)
+        slope = back(torch.func.grad(lambda h: best(h).sum())(h_t), slice(2 * n, None))
+        loss = loss + row["penalty"] * common.gradient_penalty(slope, common.AXES[row["slope"]]).mean()
     if row["activation"]:
-        loss = loss + row["activation"] * common.activation_penalty(outputs)
+        loss = loss + row["activation"] * common.activation_penalty([h[:2 * n] for h in outputs])
     if row["feasible"]:
         loss = loss - row["feasible"] * common.feasible_set(h_x, h_y)
     if row["autoencoder"]:
@@ -314,13 +323,13 @@ def critic_loss(row, f, decoder, kernel, x, y, rng, multiplier=None):
 
 def generator_loss(row, f, kernel, x, y):
     """What the generator minimises at data x and samples y, but with GRAM's critic; and f(x), f(y)."""
-    with common.frozen(f):
-        if row["nets"] == "gmmn-ae":                    # y are codes
-            h_x, h_y = f(x), y
-        elif row["loss"] in ("smmd", "swgan"):
-            (h_x, J), h_y = common.jacobian(f, x), f(y)
-        else:
-            h_x, h_y = common.both(f, x, y)
+    if row["nets"] == "gmmn-ae":                    # y are codes
+        h_x, h_y = f(x), y
+    elif row["loss"] in ("smmd", "swgan"):
+        h_x, back = common.pullback(f, x)
+        J, h_y = common.jacobian(h_x, back), f(y)
+    else:
+        h_x, h_y = common.both(f, x, y)
     match row["loss"]:
         case "gan": loss = common.gan_generator(h_y)
         case "wasserstein" | "sobolev": loss = common.wasserstein(h_x, h_y)
@@ -353,7 +362,7 @@ def sample(row, g, decoder, contrast, n, seed=0):
 def load_generator(path, device):
     """What sample() takes of a checkpoint, or of its part in results/: row, generator, decoder, contrast."""
     try:
-        kept = torch.load(path, map_location="cpu", weights_only=True)
+        kept = torch.load(common.checked(path), map_location="cpu", weights_only=True)
         row, state = kept["settings"]["row"], kept["state"]
         g, _, decoder = networks(row)
         g = common.Average(g, row["average"]) if row["average"] else g
@@ -397,22 +406,30 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     def draw(n):
         x = common.draw_images(images, n, rng)
         x = common.flip_images(x, rng) if row["mirror"] else x
-        return x / 255 if "unit" in nets else x / 127.5 - 1, g(nets["noise"](n, nets["z"], rng))
+        return x / 255 if "unit" in nets else x / 127.5 - 1, nets["noise"](n, nets["z"], rng)
+
+    def critic(x, z, a):
+        with torch.no_grad():
+            y = g(z)
+        return critic_loss(row, f, decoder, kernel, x, y, a, players.multiplier)
+
+    def generator(x, z):
+        return generator_loss(row, f, kernel, x, g(z))
 
     def critic_step():
-        with torch.no_grad():
-            x, y = draw(ENCODE_BATCH if codes else row["batch"])
+        x, z = draw(ENCODE_BATCH if codes else row["batch"])
+        a = torch.rand(len(x), 1, 1, 1, generator=rng, device=device) if row["penalty"] else None
         with parametrize.cached():      # a spectral norm is iterated once
-            loss = critic_loss(row, f, decoder, kernel, x, y, rng, players.multiplier)
+            loss = critic(x, z, a)
             common.descend((opt_f, loss))
         if row["clip"]:
             common.clip_weights(f, CLIP)
         log.add(loss_f=loss)
 
     def generator_step():
-        x, y = draw(row["batch"])
+        x, z = draw(row["batch"])
         if row["loss"] == "gram":       # Algorithm 1: one Gram matrix, both gradients, both steps
-            h_x, h_y = common.both(f, x, y)
+            h_x, h_y = common.both(f, x, g(z))
             K_xx, K_xy, K_yy = common.gram(kernel, h_x, h_y)
             objective, r = common.gram_objective(K_xx, K_xy, K_yy, row["form"], row["ridge"], LAMBDA)
             loss = common.mmd2(K_xx, K_xy, K_yy)
@@ -421,8 +438,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
             log.add(loss_f=-objective, loss_g=loss, pearson=common.pearson(r), mean_r=r.mean(),
                     spread=h_x.var(0).sum() / h_y.var(0).sum())
         else:
-            with parametrize.cached():
-                loss, h_x, h_y = generator_loss(row, f, kernel, x, y)
+            with common.frozen(f), parametrize.cached():
+                loss, h_x, h_y = generator(x, z)
                 common.descend((opt_g, loss))
             log.add(loss_g=loss, **(dict(spread=h_x.var(0).sum() / h_y.var(0).sum()) if f else {}))
         if row["average"]:
@@ -452,6 +469,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
                           reference=reference and reference["key"]), {}
     last |= dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings, -ENCODE if codes else 0)
+    fast = device.type == "cuda" and steps >= COMPILE and not codes and BATCH not in nets.get("norms", ())
+    critic, generator = common.compiled(critic, fast), common.compiled(generator, fast)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     for step in common.progress(f"{name}: steps of its autoencoder", range(step + 1, 1), -step, lambda _: 1):
         torch.manual_seed(step - seed * ENCODE)         # dropout draws from PyTorch's own generator

@@ -51,7 +51,7 @@ import torch.export.passes
 import torch.fx
 import torchvision
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import distributed, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -166,14 +166,14 @@ def mmd(K_xx, K_xy, K_yy):
 
 
 def as_points(least, *sets):
-    """Tensors, arrays or lists [N, D] of at least so many points, in float64, around their mean: a list."""
-    sets = [torch.as_tensor(s, dtype=torch.float64).detach() for s in sets]
+    """Tensors, arrays or lists [N, D] of `least` points or more, in float64, around the last two's median."""
+    sets = [s.detach().double() if torch.is_tensor(s) else torch.tensor(np.asarray(s, float)) for s in sets]
     if not all(s.ndim == 2 and len(s) >= least and s.shape[1:] == sets[0].shape[1:] and s.isfinite().all()
                for s in sets):
         shapes = ", ".join(str(list(s.shape)) for s in sets)
         raise ValueError(f"found {shapes}, expected [N, D] of one D, {least} or more points, all finite")
-    mean = torch.cat(sets).mean(0)
-    return [s - mean for s in sets]
+    median = torch.cat(sets[-2:]).median(0).values          # far from a far point there are few digits
+    return [s - median for s in sets]
 
 
 def two_sample_test(x, y, kernel=None, permutations=1000, seed=0):
@@ -185,9 +185,14 @@ def two_sample_test(x, y, kernel=None, permutations=1000, seed=0):
     """
     x, y = as_points(2, x, y)
     pooled, N, M, rng = torch.cat([x, y]), len(x), len(y), torch.Generator().manual_seed(seed)
-    apart = torch.pdist(pooled)
-    sigma = apart[apart > 0].median() if apart.any() else apart.new_ones(())
-    K = (kernel or partial(gaussian, sigma=sigma[None]))(pooled, pooled).sum(0).fill_diagonal_(0)
+    if kernel is None:
+        pooled = pooled / (pooled.abs().max() or 1)
+        apart = torch.pdist(pooled)
+        median = apart[apart > 0].median() if apart.any() else apart.new_ones(())
+        kernel = partial(gaussian, sigma=median[None])
+    K = kernel(pooled, pooled).sum(0).fill_diagonal_(0)
+    if not K.isfinite().all():
+        raise ValueError("found a kernel that is not finite at these points, expected points nearer to 1")
     in_x = (torch.arange(N + M) < N).double().to(K)                 # 1 for points of x, 0 for those of y
     orders = [in_x, *(in_x[torch.randperm(N + M, generator=rng)] for _ in range(permutations))]
     Z = torch.stack(orders)                                         # [1 + permutations, N + M]
@@ -233,11 +238,11 @@ def ratio_at(points, x, y, sigma, ridge):
     k(t, x_j) - sum_i r_i k(t, y_i) with r_i = w(y_i). It can be negative, and is 0 far from all points. Its
     error depends on ridge, from 1e-6 on; one that is right for M points is twice that for 2 M.
     """
-    if not ridge >= 1e-6:
-        raise ValueError(f"ridge {ridge}: expected 1e-6 or more")
-    t, x, y = as_points(1, points, x, y)
-    found = []
-    for s in torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1):
+    (t, x, y), found = as_points(1, points, x, y), []
+    sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1, 1)
+    if not (1e-6 <= ridge < math.inf and len(sigma) and all(0 < s < math.inf for s in sigma)):
+        raise ValueError(f"ridge {ridge}, sigma {sigma.tolist()}: expected 1e-6 or more, and more than 0")
+    for s in sigma:
         r = density_ratio(gaussian(y, y, s), gaussian(y, x, s), ridge)
         found.append((gaussian(t, x, s)[0].mean(1) * len(y) - gaussian(t, y, s)[0] @ r) / ridge)
     return torch.stack(found).mean(0)
@@ -381,44 +386,33 @@ def clip_weights(network, bound):
         p.clamp_(-bound, bound)
 
 
-def jacobian(f, x):
-    """f at points, and its Jacobians there, differentiable in f's weights: h [..., N, K], J [..., N, K, D].
+def jacobian(h, back):
+    """Jacobians [N, K, D] of f at the first N points of pullback(f, points), where f is h [N, K]."""
+    outputs = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+    return torch.stack([back(u.expand_as(h), slice(len(h))).flatten(1) for u in outputs], 1)
 
-    f from [..., N, *shape] to [..., N, K], each point by itself (so no batch norm in f), D the product of
-    shape. One backward pass for each of the K outputs.
+
+AXES = {"image": (-3, -2, -1), "columns": -2, "pixels": -3}     # of gradient_penalty, by the names rows use
+
+
+def gradient_penalty(slope, axis=-1):
+    """(|grad s| - 1)^2, whose mean over points between data and samples the critic minimises.
+
+    slope: grad s at a x + (1 - a) y, a ~ U[0, 1] one a point: [..., D] of points, [..., C, H, W] of images. s
+    is f itself (WGAN-GP, Gulrajani et al. 2017, eq. 3), the sum of its outputs (GAMN, eq. 7, with the sign
+    that would raise it), or the witness (Demystifying MMD GANs, section 2.2).
+
+    axis: of the norm. In released code it is -2, columns, in mbinkowski/MMD-GAN, gan/core/model.py, and -3,
+    pixels, in Scaled-MMD-GAN: an image of n such lines, each with a slope of 1, has a slope of sqrt(n).
     """
-    x = x.detach().requires_grad_()
-    h = f(x)
-    rows = [torch.autograd.grad(h_k.sum(), x, create_graph=True)[0] for h_k in h.unbind(-1)]
-    return h, torch.stack([row.flatten(h.ndim - 1) for row in rows], -2)
-
-
-AXES = {"image": None, "columns": -2, "pixels": -3}         # of gradient_penalty, by the names that rows use
-
-
-def gradient_penalty(s, x, y, a, axis=None):
-    """mean((|grad s| - 1)^2) at points between data and samples: [...]; subtract it from what f maximises.
-
-    x and y [..., N, *shape]; a ~ U[0, 1], [..., N], one a point, at a x + (1 - a) y. s from points to
-    [..., N]: f itself (WGAN-GP, Gulrajani et al. 2017, eq. 3), the sum of its outputs (GAMN, eq. 7, with the
-    sign that would raise it), or the witness (Demystifying MMD GANs, section 2.2).
-
-    axis: of images [C, H, W]; each line along it has a norm of its own, the mean is over all lines too. So it
-    is in released code: -2, columns, in mbinkowski/MMD-GAN, gan/core/model.py; -3, pixels, in Scaled-MMD-GAN.
-    An image of n lines, each with a slope of 1, has a slope of sqrt(n).
-    """
-    A = a.reshape(a.shape + (1,) * (x.ndim - a.ndim))
-    between = A * x + (1 - A) * y
-    _, J = jacobian(lambda t: s(t).unsqueeze(-1), between)
-    if axis is not None:
-        J = J.view(between.shape).movedim(axis, -1).flatten(a.ndim, -2)
-    return (torch.linalg.vector_norm(J, dim=-1) - 1).square().mean((-2, -1))
+    return (torch.linalg.vector_norm(slope, dim=axis) - 1).square()
 
 
 def activation_penalty(outputs):
     """Sum over a critic's layers of the mean square of their outputs, over data plus over samples: a scalar.
 
-    outputs: a list of [2 N, ...], of both (Binkowski et al. 2018, footnote 19; mbinkowski/MMD-GAN, model.py).
+    outputs: of pullback, a list of [2 N, ...], of both (Binkowski et al. 2018, footnote 19; mbinkowski/MMD-GAN,
+    model.py).
     """
     return 2 * sum(h.square().mean() for h in outputs)
 
@@ -684,18 +678,20 @@ def mlp(*sizes, norm=None):
 class Layers(nn.Sequential):
     """Layers one after another; of several sets at once, each batch norm by the statistics of every set.
 
-    [N S, ...] for S sets, as torch.stack(sets, 1).flatten(0, 1) puts them. outputs: a list to which those of
-    the LeakyReLUs and of the last layer are added. bfloat16: whether all layers but the last compute in it.
+    [N S, ...] for S sets, as torch.stack(sets, 1).flatten(0, 1) puts them. bfloat16: whether all layers but
+    the last compute in it.
     """
 
     bfloat16 = False
 
-    def forward(self, x, sets=1, outputs=None):
+    def precision(self, x):
+        for layer in self.modules() if self.bfloat16 else ():
+            getattr(layer, "weight", None)      # spectral norms are found in float32, and cached
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def forward(self, x, sets=1):
         *layers, last = self
-        if self.bfloat16:
-            for layer in self.modules():        # spectral norms are found in float32, and cached
-                getattr(layer, "weight", None)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with self.precision(x):
             for layer in layers:
                 if sets > 1 and isinstance(layer, nn.BatchNorm2d):  # the sets' channels side by side: no copy
                     n, c, *size = x.shape
@@ -704,64 +700,106 @@ class Layers(nn.Sequential):
                     x = F.batch_norm(x, None, None, weight, bias, True, eps=layer.eps).view(n, c, *size)
                 else:
                     x = layer(x)
-                if outputs is not None and isinstance(layer, nn.LeakyReLU):
-                    outputs.append(x)
-        x = last(x.float() if self.bfloat16 else x)
-        if outputs is not None:
-            outputs.append(x)
-        return x
+        return last(x.float() if self.bfloat16 else x)
 
 
-def both(f, x, y, outputs=None):
+def both(f, x, y):
     """f(x) and f(y), of Layers in one pass, which takes half of the kernels: x and y have one shape.
 
-    Without f the points themselves, images [..., C, H, W] as [..., C H W]. outputs: as Layers take it.
+    Without f the points themselves, images [..., C, H, W] as [..., C H W].
     """
     if f is None:
         return (x.flatten(-3), y.flatten(-3)) if x.ndim > 3 else (x, y)
     if not isinstance(f, Layers):
         return f(x), f(y)
-    return f(torch.stack([x, y], 1).flatten(0, 1), 2, outputs).unflatten(0, (-1, 2)).unbind(1)
+    return f(torch.stack([x, y], 1).flatten(0, 1), 2).unflatten(0, (-1, 2)).unbind(1)
 
 
-class Convolution(torch.autograd.Function):
-    """F.conv2d without a bias whose gradient in x is a transposed convolution of its own.
+def pullback(layer, x, outputs=None):
+    """layer(x) = h, and the walk back through it: from u, the gradient of a scalar in h, to that in x.
 
-    PyTorch's gradient of that takes filters as large as the image. Under create_graph x alone has a gradient.
+    layer: Layers, or one of theirs; x [N, ...]. back(u, at) takes u [n, ...] at the points `at`, a slice. A
+    slope that is differentiated again by PyTorch costs a second pass through both directions. Written out it
+    is one more network of the same weights: of a linear map its transpose, of (Leaky)ReLU a mask, which is
+    constant almost everywhere, so that its own derivative is 0. An ordinary backward pass then has every
+    derivative in the weights. u may depend on h. outputs: a list to which h of each LeakyReLU and of the last
+    layer are added. Raises ValueError for other layers, as batch norm, through which points meet.
     """
+    match layer:
+        case Layers():
+            *body, last = layer
+            with layer.precision(x):
+                h, back_body = pullback(nn.Sequential(*body), x, outputs)
+            h, back_last = pullback(last, h.float() if layer.bfloat16 else h)
+            if outputs is not None:
+                outputs.append(h)
 
-    @staticmethod
-    def forward(ctx, x, weight, stride, padding):
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.padding = stride, padding
-        return F.conv2d(x, weight, None, stride, padding)
+            def back(u, at):
+                u = back_last(u, at)
+                with layer.precision(u):
+                    return back_body(u, at).to(x.dtype)
+        case nn.Sequential():
+            h, backs = x, []
+            for part in layer:
+                h, back = pullback(part, h, outputs)
+                backs.append(back)
 
-    @staticmethod
-    def backward(ctx, slope):
-        (x, weight), (s, p) = ctx.saved_tensors, (ctx.stride, ctx.padding)
-        to_x = to_weight = None
-        if ctx.needs_input_grad[0]:
-            rest = [(n + 2 * q - k) % t for n, k, t, q in zip(x.shape[2:], weight.shape[2:], s, p)]
-            to_x = F.conv_transpose2d(slope, weight, None, s, p, rest)
-        if ctx.needs_input_grad[1] and not torch.is_grad_enabled():
-            to_weight = torch.nn.grad.conv2d_weight(x, weight.shape, slope, s, p)
-        return to_x, to_weight, None, None
+            def back(u, at):
+                for back in reversed(backs):
+                    u = back(u, at)
+                return u
+        case Residual():
+            (a, back_a), (b, back_b) = pullback(layer.shortcut, x), pullback(layer.change, x)
+            h = a + b
+
+            def back(u, at):
+                return back_a(u, at) + back_b(u, at)
+        case nn.Conv2d():
+            W = layer.filters() if isinstance(layer, ConvMeanPool) else layer.weight
+            stride, padding = layer.stride, layer.padding
+            h = F.conv2d(x, W, layer.bias, stride, padding)
+            rest = [(n + 2 * q - k) % t for n, k, t, q in zip(x.shape[2:], W.shape[2:], stride, padding)]
+
+            def back(u, at):
+                return F.conv_transpose2d(u, W, None, stride, padding, rest)
+        case nn.Linear():
+            W = layer.weight
+            h = F.linear(x, W, layer.bias)
+
+            def back(u, at):
+                return u @ W
+        case nn.LeakyReLU() | nn.ReLU():
+            least = getattr(layer, "negative_slope", 0)
+            h = F.leaky_relu(x, least) if least else x.relu()
+            if least and outputs is not None:
+                outputs.append(h)
+
+            def back(u, at):
+                return torch.where(h[at] > 0, u, least * u)
+        case nn.AvgPool2d():
+            h, k = layer(x), layer.kernel_size
+
+            def back(u, at):
+                return F.interpolate(u, scale_factor=k) / (layer.divisor_override or k * k)
+        case nn.Flatten():
+            h = x.flatten(1)
+
+            def back(u, at):
+                return u.unflatten(1, x.shape[1:])
+        case LayerNorm():
+            (n, r), of = layer.normalised(x), dict(dim=(1, 2, 3), keepdim=True)
+            h = n * layer.weight[:, None, None] + layer.bias[:, None, None]
+
+            def back(u, at):
+                u = u * layer.weight[:, None, None]
+                return r[at] * (u - u.mean(**of) - n[at] * (u * n[at]).mean(**of))
+        case _:
+            raise ValueError(f"{type(layer).__name__}: found in a critic whose slope is held, expected "
+                             "convolutions, linear layers, (Leaky)ReLU, mean pooling, layer norm")
+    return h, back
 
 
-class Conv2d(nn.Conv2d):
-    """nn.Conv2d by Convolution, for speed alone: a square kernel, stride, padding."""
-
-    def filters(self):
-        return self.weight
-
-    def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):        # which does not see into a Function
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = Convolution.apply(x, self.filters().to(x.dtype), self.stride, self.padding)
-        return y if self.bias is None else y + self.bias.to(x.dtype)[:, None, None]
-
-
-class ConvMeanPool(Conv2d):
+class ConvMeanPool(nn.Conv2d):
     """A convolution of 3x3, then the mean of each 2x2, as one of 4x4 and stride 2: 4/9 of the products.
 
     The 4x4 is the mean of the 3x3 at four places; weights and spectral norms have the 3x3.
@@ -772,6 +810,9 @@ class ConvMeanPool(Conv2d):
 
     def filters(self):
         return F.avg_pool2d(self.weight, 2, 1, 1)
+
+    def forward(self, x):
+        return F.conv2d(x, self.filters(), self.bias, 2, 1)
 
 
 class UpsampleConv(nn.Conv2d):
@@ -802,9 +843,23 @@ def dcgan_init(network):
     return network
 
 
-def layer_norm(channels):
-    """Layer norm of images: over all of an image, with a scale and a shift for each channel."""
-    return nn.GroupNorm(1, channels)
+class LayerNorm(nn.GroupNorm):
+    """Layer norm of images: over all of an image, with a scale and a shift for each channel.
+
+    As a formula, since torch.compile has no other for images whose channels come last.
+    """
+
+    def __init__(self, channels):
+        super().__init__(1, channels)
+
+    def normalised(self, x):
+        """(x - mean) / std and 1 / std of images x [N, C, H, W], in the weights' precision."""
+        variance, mean = torch.var_mean(x.to(self.weight.dtype), (1, 2, 3), correction=0, keepdim=True)
+        r = (variance + self.eps).rsqrt()
+        return (x - mean) * r, r
+
+    def forward(self, x):
+        return self.normalised(x)[0] * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 def dcgan_generator(noise, widths, channels, kernel=4, last=nn.Tanh, size=32):
@@ -844,10 +899,10 @@ def dcgan_critic(channels, widths, out, kernel=4, norms=(batch_norm, batch_norm)
 
     GRAM's paper does not say where its critic has batch norm; GRAMFlow has none behind the first convolution.
     """
-    layers, conv = [], nn.Conv2d if batch_norm in norms else Conv2d     # with batch norm no slope is held
+    layers = []
     for i, (a, b) in enumerate(zip([channels, *widths], widths)):
         norm = norms[min(i, len(norms) - 1)]
-        layers += [conv(a, b, kernel, 2, (kernel - 1) // 2, bias=norm is None),
+        layers += [nn.Conv2d(a, b, kernel, 2, (kernel - 1) // 2, bias=norm is None),
                    *([norm(b)] if norm else []), nn.LeakyReLU(0.2, inplace=True)]
     pixels = math.ceil(size / 2 ** len(widths)) ** 2
     return dcgan_init(Layers(*layers, nn.Flatten(), nn.Linear(widths[-1] * pixels, out)))
@@ -867,9 +922,9 @@ class Residual(nn.Module):
         if up:
             convs = UpsampleConv(a, b, bias=norm is None), nn.Conv2d(b, b, 3, 1, 1)
             self.shortcut = nn.Sequential(nn.Conv2d(a, b, 1), nn.Upsample(scale_factor=2))
-        else:                           # a critic's, whose slope may be held
-            convs = Conv2d(a, a, 3, 1, 1, bias=norm is None), ConvMeanPool(a, b)
-            self.shortcut = nn.Sequential(nn.AvgPool2d(2), Conv2d(a, b, 1))
+        else:
+            convs = nn.Conv2d(a, a, 3, 1, 1, bias=norm is None), ConvMeanPool(a, b)
+            self.shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(a, b, 1))
         self.change = nn.Sequential(*(layer for conv in convs for layer in (
             *([norm(conv.in_channels)] if norm else []), nn.ReLU(), conv)))
         for layer in self.modules():
@@ -920,8 +975,10 @@ class Average(nn.Module):
     def follow(self, network):
         self.t += 1
         w = (self.eta + 1) / (self.eta + self.t)
-        for mean, p in zip(self.network.parameters(), network.parameters()):
-            mean.lerp_(p, w)
+        means = list(self.network.parameters())
+        steps = torch._foreach_sub(list(network.parameters()), means)       # three kernels, not one a weight
+        torch._foreach_mul_(steps, w)
+        torch._foreach_add_(means, steps)
 
 
 class Contrast(nn.Module):
@@ -1050,7 +1107,10 @@ def load_images(name, split, folder):
             for end, array in (("-labels", np.uint8(data.targets)), ("", np.ascontiguousarray(images))):
                 with replacing(f"{folder}/{name}-{split}{end}.npy") as file:
                     np.save(file, array)
-    return read_array(path)
+    images, shape = read_array(path), dict(mnist=(1, 28, 28), cifar10=(3, 32, 32))[name]
+    if images.shape[1:] != shape:
+        raise ValueError(f"{path}: found images of {list(images.shape[1:])}, expected {list(shape)}")
+    return images
 
 
 @contextmanager
@@ -1069,11 +1129,20 @@ def building(path):
         unlock(folder)
 
 
+def checked(path):
+    """The path of a file as text; OSError if there is none, or a pipe, which would be waited for."""
+    if not os.path.isfile(path):
+        raise OSError(f"{path}: no file")
+    return os.fspath(path)
+
+
 def read_array(path):
     """The images of an .npy file, uint8 [N, C, H, W], as a tensor that maps it."""
     try:
-        array = np.lib.format.open_memmap(path, mode="c")       # what is written stays in memory
-    except (ValueError, EOFError) as error:
+        array = np.lib.format.open_memmap(checked(path), mode="c")      # what is written stays in memory
+    except OSError:
+        raise
+    except Exception as error:                  # whatever its reader stumbles over
         raise ValueError(f"{path}: found no .npy array ({error}), expected one of uint8 [N, 1 or 3, H, W]; a "
                          "script's own is built again when it is deleted") from error
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or len(array) < 2:
@@ -1082,19 +1151,20 @@ def read_array(path):
 
 
 def open_image(path):
-    """An image file as an RGB image of PIL; grey, CMYK, palettes, alpha and 16 bits become RGB of 8 bits."""
-    if not os.path.isfile(path):        # a pipe would be waited for
-        raise OSError(f"{path}: no file")
-    with Image.open(path) as image:
-        image.load()
-        if image.mode.startswith("I"):      # 16 bits, which PIL's conversion would cut off at 255
-            grey = (np.asarray(image, np.int64) + 128) // 257
-            image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
+    """An image file, upright, as RGB of PIL; grey, CMYK, palettes, alpha and 16 bits become RGB of 8 bits."""
+    try:
+        with Image.open(checked(path)) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):      # 16 bits, which PIL's conversion would cut off at 255
+                grey = (np.asarray(image, np.int64) + 128) // 257
+                image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as error:                  # whatever its decoder stumbles over
+        raise OSError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def image_files(folder):
-    """The image files in a folder and below, sorted; links are followed, each folder is visited once."""
+    """The image files in a folder and below, sorted, not hidden ones; links are followed, not in circles."""
     files, seen, known = [], set(), Image.registered_extensions()
     reads = set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # which PIL only recognises
     ends = (*IMG_EXTENSIONS, *(end for end, name in known.items() if name in reads))
@@ -1103,8 +1173,8 @@ def image_files(folder):
             below.clear()
             continue
         seen.add(real)
-        below.sort()
-        files += [f"{at}/{name}" for name in names if name.lower().endswith(ends)]
+        below[:] = sorted(name for name in below if name[0] != ".")
+        files += [f"{at}/{name}" for name in names if name.lower().endswith(ends) and name[0] != "."]
     return sorted(files)
 
 
@@ -1116,8 +1186,8 @@ def squares(files, side):
             image = open_image(file)
             square = pil_to_tensor(center_crop(image, min(image.size)))
             found.append(resize(square, [side, side], antialias=True)[None])
-        except Exception as error:              # whatever its decoder stumbles over
-            errors.append(f"{file}: left out ({error})")
+        except OSError as error:
+            errors.append(f"{error}; left out")
     return torch.cat(found), errors
 
 
@@ -1289,27 +1359,30 @@ class Features:
 
     @torch.no_grad()
     def __call__(self, images):
-        found, before = [], torch.backends.cudnn.conv.fp32_precision
+        found, done, before = [], 0, torch.backends.cudnn.conv.fp32_precision
         at_once = 250 if self.device.type == "cuda" else 10             # faster than 250 on a CPU
         try:
             torch.backends.cudnn.conv.fp32_precision = SCORE_PRECISION
             for part in progress(f"features of {self.name}", parts_of(images, at_once), len(images)):
                 out = self.network(part.to(self.device).expand(-1, 3, -1, -1))
-                found.append((out, None) if torch.is_tensor(out) else (*out, None)[:2])
-            features, logits = (None if out[0] is None else torch.cat(out).float() for out in zip(*found))
-            if features.ndim != 2 or len(features) != len(images):
-                raise ValueError(f"found features {list(features.shape)}, expected [{len(images)}, D]")
+                out = [out] if torch.is_tensor(out) else list(out)[:2]
+                if not all(o.ndim == 2 and len(o) == len(part) and o.is_floating_point() for o in out):
+                    raise ValueError(f"found {[list(o.shape) for o in out]} of {len(part)}, expected [N, D]")
+                found = found or [o.new_empty(len(images), o.shape[1], dtype=torch.float32) for o in out]
+                for kept, o in zip(found, out, strict=True):
+                    kept[done:done + len(part)] = o
+                done += len(part)
         except OSError:                             # an image file
             raise
         except Exception as error:                  # whatever the network stumbles over
             raise RunError(f"{self.name} fails on {len(images):,} images: {first_line(error)}") from error
         finally:
             torch.backends.cudnn.conv.fp32_precision = before
-        if not features.isfinite().all():
-            first = int(features.isfinite().all(1).logical_not().nonzero()[0])
-            first = f"image {first}" if torch.is_tensor(images) else images[first]
-            raise RunError(f"{self.name}: features of {first} are not finite")
-        return features, logits
+        bad = sum(o.isfinite().logical_not().any(1) for o in found).nonzero()
+        if len(bad):
+            first = f"image {int(bad[0])}" if torch.is_tensor(images) else images[bad[0]]
+            raise RunError(f"{self.name}: features or logits of {first} are not finite")
+        return found[0], found[1] if len(found) > 1 else None
 
 
 def load_features(path, device):
@@ -1323,6 +1396,7 @@ def load_features(path, device):
         return None
     logging.disable(logging.WARNING)                # torch.export logs the traceback of what it raises
     try:
+        path and checked(path)
         if path and not path.endswith(".pth"):
             network = torch.export.passes.move_to_device_pass(torch.export.load(path), str(device)).module()
         else:
@@ -1341,6 +1415,7 @@ def load_features(path, device):
     finally:
         logging.disable(logging.NOTSET)
     stem = os.path.splitext(os.path.basename(file))[0].removeprefix("features-")
+    stem = f"not-{stem}" if stem == FID_NAME else stem
     return Features(network, FID_NAME if key == FID_KEY else stem, key, device)
 
 
@@ -1482,8 +1557,8 @@ def descend(*players):
     started the gradients are averaged: a step is the same in all.
     """
     weights = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer, _ in players]
-    gradients = [torch.autograd.grad(loss.sum(), w, retain_graph=True)
-                 for (_, loss), w in zip(players, weights)]
+    gradients = [torch.autograd.grad(loss.sum(), w, retain_graph=i + 1 < len(players))
+                 for i, ((_, loss), w) in enumerate(zip(players, weights))]
     for (optimizer, _), w, gradient in zip(players, weights, gradients):
         for p, p_gradient in zip(w, averaged(*gradient)):
             fits = p_gradient.stride() == p.stride()    # not a stack's, transposed, which fused Adam refuses
@@ -1565,6 +1640,28 @@ def capture(update, rng):
         graph.replay()
 
     return call
+
+
+def compiled(function, wanted):
+    """function by torch.compile, if wanted; as it is, which a line says, where that fails.
+
+    Not for what draws numbers.
+    """
+    if not wanted:
+        return function
+    torch._dynamo.config.recompile_limit = 1_000        # runs side by side share the code, but not the row
+    call = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def first(*args):
+        nonlocal call
+        if call is not function:
+            try:
+                return call(*args)
+            except Exception as error:                  # whatever its compilers stumble over
+                print(f"torch.compile: {first_line(error)}; slower, without it", flush=True)
+                call = function
+        return call(*args)
+    return first
 
 
 signals = []                # those that have asked the runs to stop
@@ -1910,12 +2007,18 @@ def flags(doc, methods, papers, method, steps, images):
     """
     def seeds(text):
         first, colon, last = text.partition(":")
-        return range(int(first), int(last)) if colon else range(positive(first))
+        found = range(int(first), int(last)) if colon else range(positive(first))
+        if not found or not 0 <= found[0] < found[-1] + 1 < 2 ** 32:
+            raise ValueError
+        return found
 
-    def positive(text):
-        if int(text) < 1:
+    def positive(text, least=1):
+        if not least <= int(text) < 2 ** 32:
             raise ValueError
         return int(text)
+
+    def path(text):                     # ~ is left in --out=~/DIR by a shell
+        return os.path.expanduser(text) or "."
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -1926,13 +2029,12 @@ def flags(doc, methods, papers, method, steps, images):
     add("--method", nargs="+", metavar="NAME", help=f"rows to train side by side (default {method})")
     add("--seeds", type=seeds, default=range(1), metavar="N", help="3: 0, 1, 2; 5:8: 5, 6, 7 (default 1)")
     add("--steps", type=positive, metavar="N", help=f"generator updates (default {steps})")
-    path = os.path.expanduser           # of ~, which a shell leaves in --out=~/DIR
     add("--out", type=path, default="runs", metavar="DIR", help="folder for the runs (default runs)")
     add("--resume", action="store_true", help="go on from the checkpoints of the runs")
     add("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
     if images:
         add("--data", type=path, default="data", metavar="DIR", help="folder of the arrays (default data)")
-        add("--samples", type=positive, metavar="N",
+        add("--samples", type=partial(positive, least=2), metavar="N",
             help="samples to score and to keep (default 10000; on a CPU 2000; of a table its paper's)")
         add("--features", type=path, metavar="FILE",
             help="network to score with: a torch.export file (.pt2) from uint8 [N, 3, H, W] to features "
@@ -1963,8 +2065,10 @@ def find_row(text, methods, defaults, names):
         try:
             given[key] = (tuple(float(part) for part in value.split(",")) if kind is tuple else
                           bool(("0", "1").index(value)) if kind is bool else kind(value))
-            if (kind is tuple and len(given[key]) != len(defaults[key]) > 1
-                    or kind in (int, float) and given[key] < (key == "batch")):
+            parts = given[key] if kind is tuple else [given[key]]
+            most = 1 if key == "beta" else math.inf
+            if (kind is tuple and len(parts) != len(defaults[key]) > 1
+                    or kind is not str and not all((key == "batch") <= part < most for part in parts)):
                 raise ValueError
         except ValueError:
             raise ValueError(f"--method {text}: found {value!r} for {key}, expected {kind.__name__}, as "
@@ -1975,24 +2079,32 @@ def find_row(text, methods, defaults, names):
     return "+".join([name, *changed]), row | given
 
 
-def check_row(row, critic):
-    """Raises ValueError if values of a row do not fit each other; critic: whether its networks have one."""
+def check_row(row, critic, batch_norm=False):
+    """Raises ValueError if values of a row do not fit each other.
+
+    critic, batch_norm: whether its networks have a critic, and this in it.
+    """
     loss, steps = row["loss"], row["critic_steps"]
-    held = [key for key in ("penalty", "weights", "activation", "autoencoder", "clip", "burst") if row.get(key)]
-    found = " ".join(f"{key}={written(row[key])}" for key in ("nets", "loss", "form", "critic", "critic_steps",
-                                                              *held) if key in row)
+    held = [key for key in "penalty weights activation autoencoder clip burst".split() if row.get(key)]
+    keys = "nets", "loss", "form", "critic", "critic_steps", *held
+    found = " ".join(f"{key}={written(row[key])}" for key in keys if key in row)
     if not critic and (loss != "mmd" or steps or row.get("spectral")):
         raise ValueError(f"{found}: expected a critic of 1 output or more")
     if (loss == "gram") != bool(row["form"]) or loss == "gram" and steps:
         raise ValueError(f"{found}: expected a form and critic_steps=0 of gram alone")
     if not steps and (held or loss not in ("gram", "mmd")):
         raise ValueError(f"{found}: expected critic_steps=1 or more")
+    slope = loss in ("smmd", "swgan", "sobolev", "gcmmd") or row.get("penalty") and not row.get("weights")
+    if batch_norm and (slope or row.get("activation")):
+        raise ValueError(f"{found}: expected a critic without batch norm, through which points meet")
 
 
 def written(value):
     """A value of a row as --method takes it."""
-    parts = value if isinstance(value, tuple) else (value,)
-    return ",".join(part if isinstance(part, str) else f"{part:g}" for part in parts)
+    def text(part):
+        return f"{part:g}" if not isinstance(part, str) and float(f"{part:g}") == part else str(part)
+
+    return ",".join(map(text, value if isinstance(value, tuple) else (value,)))
 
 
 class Terminal:
@@ -2180,7 +2292,9 @@ def singular_figure(finished):
         paths = glob.glob(f"{glob.escape(run.folder)}/singular-*.npz")
         kept[run.name] = {int(path.rpartition("-")[2][:-4]): [v for v in np.load(path).values() if len(v) > 1]
                           for path in paths}                # but for a layer of one output
-    depth = max(len(layers) for steps in kept.values() for layers in steps.values())
+    depth = max((len(layers) for steps in kept.values() for layers in steps.values()), default=0)
+    if not depth:
+        raise ValueError("--figure singular: found no critic, expected rows that have one")
     figure = Figure(figsize=(2.4 * depth, 2.4 * len(kept)), layout="constrained")
     grid = figure.subplots(len(kept), depth, squeeze=False, sharey=True)
     for row, (method, steps) in zip(grid, reversed(kept.items())):

@@ -28,6 +28,7 @@ ADAPT = (10, 3, 0.1, 1e-6)              # window, patience, level, floor: mbinko
 SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score, without --samples; Scaled MMD has 50,000
 KEEP = 5_000                # of them in samples.npy
 BOOTSTRAP, RESAMPLINGS = 50_000, 10     # of the distance, if so many are scored
+COMPILE = 10_000            # updates from which torch.compile pays on a GPU; with batch norm it does not
 LOG_EVERY = 200
 SCORE_EVERY = 10_000        # and a grid of samples
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
@@ -86,7 +87,7 @@ def residual_critic(channels, widths, out, size=64):
     LeakyReLU, the sum over all pixels, a linear layer. (64, 128, 256, 512, 1024) at 64x64: Scaled MMD,
     section 4 (MichaelArbel/Scaled-MMD-GAN).
     """
-    first, last = common.dcgan_init(nn.ModuleList([common.Conv2d(channels, widths[0], 3, 1, 1),
+    first, last = common.dcgan_init(nn.ModuleList([nn.Conv2d(channels, widths[0], 3, 1, 1),
                                                    nn.Linear(widths[-1], out)]))
     blocks = [common.Residual(a, b, False) for a, b in zip(widths, widths[1:])]
     total = nn.AvgPool2d(size // 2 ** len(blocks), divisor_override=1)
@@ -104,26 +105,25 @@ def networks(row):
     return g, common.spectral(f, row["spectral"] == "learned") if row["spectral"] else f
 
 
-def critic_loss(row, f, decoder, kernel, x, y, rng):
-    """What the critic minimises, but GRAM's, at data x and samples y, both [N, 3, H, W]: a scalar.
-
-    decoder and rng: of other scripts' rows; no row here has a decoder or a penalty.
-    """
+def critic_loss(row, f, kernel, x, y):
+    """What the critic minimises, but GRAM's, at data x and samples y, both [N, 3, H, W]: a scalar."""
     match row["loss"]:
         case "gan":
             return common.gan_critic(*common.both(f, x, y))
         case "smmd":                                    # scaled by the critic's slope at the data
-            (h_x, J), h_y = common.jacobian(f, x), f(y)
-            return -common.smmd2(common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True), J, row["scale"])
+            h, back = common.pullback(f, torch.cat([x, y]))
+            h_x, h_y = h.split(len(x))
+            squared = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
+            return -common.smmd2(squared, common.jacobian(h_x, back), row["scale"])
 
 
 def generator_loss(row, f, kernel, x, y):
     """What the generator minimises, but with GRAM's critic, at data x and samples y: a scalar, f(x), f(y)."""
-    with common.frozen(f):
-        if row["loss"] == "smmd":
-            (h_x, J), h_y = common.jacobian(f, x), f(y)
-        else:
-            h_x, h_y = common.both(f, x, y)
+    if row["loss"] == "smmd":
+        h_x, back = common.pullback(f, x)
+        J, h_y = common.jacobian(h_x, back), f(y)
+    else:
+        h_x, h_y = common.both(f, x, y)
     match row["loss"]:
         case "gan":
             loss = common.gan_generator(h_y)
@@ -156,20 +156,26 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     state |= dict(contrast=contrast) if contrast else {}
 
     def draw():
-        return inputs / 255, g(nets["noise"](row["batch"], nets["z"], rng))
+        return inputs / 255, nets["noise"](row["batch"], nets["z"], rng)
+
+    def critic(x, z):
+        with torch.no_grad():
+            y = g(z)
+        return critic_loss(row, f, kernel, x, y)
+
+    def generator(x, z):
+        return generator_loss(row, f, kernel, x, g(z))
 
     def critic_step():
-        with torch.no_grad():
-            x, y = draw()
         with parametrize.cached():      # a spectral norm is iterated once
-            loss = critic_loss(row, f, None, kernel, x, y, rng)
+            loss = critic(*draw())
             common.descend((opt_f, loss))
         log.add(loss_f=loss)
 
     def generator_step():
-        x, y = draw()
+        x, z = draw()
         if row["loss"] == "gram":       # Algorithm 1: one Gram matrix, both gradients, both steps
-            h_x, h_y = common.both(f, x, y)
+            h_x, h_y = common.both(f, x, g(z))
             K_xx, K_xy, K_yy = common.gram(kernel, h_x, h_y)
             objective, r = common.gram_objective(K_xx, K_xy, K_yy, row["form"], row["ridge"], LAMBDA)
             loss = common.mmd2(K_xx, K_xy, K_yy)
@@ -177,8 +183,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
             K_ratio.copy_((K_xx if row["form"] in common.AT_DATA else K_yy).detach())
             log.add(loss_f=-objective, pearson=common.pearson(r), mean_r=r.mean())
         else:
-            with parametrize.cached():
-                loss, h_x, h_y = generator_loss(row, f, kernel, x, y)
+            with common.frozen(f), parametrize.cached():
+                loss, h_x, h_y = generator(x, z)
                 common.descend((opt_g, loss))
         log.add(loss_g=loss, spread=h_x.var(0).sum() / h_y.var(0).sum())
         if row["average"]:
@@ -215,6 +221,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
                     processes=processes)
     last = dict(rates="constant: no feature network") if row["decay"] and not network else {}
     step = common.load(folder, state, settings)
+    fast = device.type == "cuda" and steps >= COMPILE
+    critic, generator = common.compiled(critic, fast), common.compiled(generator, fast)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     log.start(step)
     while step < steps:

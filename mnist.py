@@ -33,6 +33,7 @@ ADAPT = (10, 3, 0.1, 1e-6)              # patience, level, floor: Demystifying M
 SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score and to keep, if neither --samples nor --table says
 BOOTSTRAP, RESAMPLINGS = 100_000, 10    # of the distance, if so many are scored; as Demystifying MMD GANs
 LENET_EPOCHS, LENET_BATCH, LENET_RATE = 2, 64, 2e-3     # ours: 99.3 % of the test images, as the tutorial's
+COMPILE = 10_000            # updates from which torch.compile pays on a GPU; with batch norm it does not
 LOG_EVERY = 100
 TRACE_UNTIL, TRACE_EVERY = 100, 10      # of gram, log.csv has each update at first, then each 10th: Figure 8b
 PANELS = (100, 250, 500, 750, 1_000, 2_000, 3_000, 4_000, 5_000)        # updates, GRAM, Figure 8a
@@ -46,7 +47,7 @@ READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")   # condition: of the 
 # others, noise; pixels are in [0, 1] in all papers. common.dcgan_critic names the sources. Those of WGANs are
 # gan_mnist.py's (igul222/improved_wgan_training), which has batch norm in the generator for WGAN alone.
 NORMAL, UNIFORM = common.normal_noise, common.uniform_noise
-BATCH, LAYER = common.batch_norm, common.layer_norm
+BATCH, LAYER = common.batch_norm, common.LayerNorm
 NETS = {
     "gram":    dict(mlp=(600, 600, 800, 784), pooled=(16, 32, 32), z=100, noise=UNIFORM),   # GRAM, Table 3
     "dcgan":   dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512), norms=(None,), z=128, noise=UNIFORM),
@@ -74,7 +75,8 @@ DEFAULTS = dict(            # 0, False and "": without
     batch=64,               # of data and of samples
 )
 NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd gcmmd".split(),
-             form=["", *"sum mean clip swap flow".split()], kernel="li rbf gmmn rq rqdot dot distance unit".split(),
+             form=["", *"sum mean clip swap flow".split()],
+             kernel="li rbf gmmn rq rqdot dot distance unit".split(),
              opt=["adam", "rmsprop"], slope=list(common.AXES), spectral=["", "fixed", "learned"])
 
 GRAM = dict(loss="gram", form="sum", ridge=1e-3, critic=100, lr=1e-3, batch=200)    # ridge: JuliaGRAM
@@ -159,15 +161,20 @@ def networks(row):
     return g, common.spectral(f, row["spectral"] == "learned") if row["spectral"] else f, None
 
 
-def critic_loss(row, f, decoder, kernel, x, y, rng):
-    """What a critic but GRAM's minimises at data x and samples y, both [N, 1, 28, 28]: a scalar."""
+def critic_loss(row, f, decoder, kernel, x, y, a):
+    """What a critic but GRAM's minimises at data x and samples y, both [N, 1, 28, 28]: a scalar.
+
+    a ~ U[0, 1], [N, 1, 1, 1]: where between them a penalty holds the critic's slope.
+    """
     if row["nets"] == "gmmn-ae":                        # the autoencoder's cross-entropy; y is not looked at
         return F.binary_cross_entropy(decoder(f(x)), x)
-    outputs = [] if row["activation"] else None
-    if row["loss"] in ("smmd", "gcmmd"):                # the critic's slope at the data
-        (h_x, J), h_y = common.jacobian(f, x), f(y)
+    n, held, outputs = len(x), row["penalty"], []
+    if held or row["activation"] or row["loss"] in ("smmd", "gcmmd"):
+        between = [a * x + (1 - a) * y] if held else []
+        h, back = common.pullback(f, torch.cat([x, y, *between]), outputs)
+        h_x, h_y, h_t = h[:n], h[n:2 * n], h[2 * n:]
     else:
-        h_x, h_y = common.both(f, x, y, outputs)
+        h_x, h_y = common.both(f, x, y)
     match row["loss"]:
         case "gan": loss = common.gan_critic(h_x, h_y)
         case "wasserstein": loss = -common.wasserstein(h_x, h_y)
@@ -176,28 +183,29 @@ def critic_loss(row, f, decoder, kernel, x, y, rng):
         case "mmd2": loss = -common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
         case "smmd":
             mmd2 = common.mmd2(*common.gram(kernel, h_x, h_y), unbiased=True)
-            loss = -common.smmd2(mmd2, J, row["scale"])
+            loss = -common.smmd2(mmd2, common.jacobian(h_x, back), row["scale"])
         case "gcmmd":                                   # held at the data
+            J = common.jacobian(h_x, back)
             loss = -common.gradient_constrained_mmd2(h_x, h_y, h_x, J, row["lam"])[0]
-    if row["penalty"]:     # on the slope of the best critic in f's space, or of f: WGAN-GP, GAMN, eq. 7
+    if held:                # on the slope of the best critic in f's space, or of f: WGAN-GP, GAMN, eq. 7
         best = {"cramer": lambda h: common.cramer_witness(h, h_y),
                 "mmd2": lambda h: common.witness(kernel, h, h_x, h_y)}.get(row["loss"], lambda h: h.sum(-1))
-        a, axis = torch.rand(len(x), generator=rng, device=x.device), common.AXES[row["slope"]]
-        loss = loss + row["penalty"] * common.gradient_penalty(lambda t: best(f(t)), x, y, a, axis)
+        slope = back(torch.func.grad(lambda h: best(h).sum())(h_t), slice(2 * n, None))
+        loss = loss + row["penalty"] * common.gradient_penalty(slope, common.AXES[row["slope"]]).mean()
     if row["activation"]:
-        loss = loss + row["activation"] * common.activation_penalty(outputs)
+        loss = loss + row["activation"] * common.activation_penalty([h[:2 * n] for h in outputs])
     return loss
 
 
 def generator_loss(row, f, kernel, x, y):
     """What the generator minimises with a critic but GRAM's: a scalar, and f(x), f(y)."""
-    with common.frozen(f):
-        if row["nets"] == "gmmn-ae":                    # y are codes
-            h_x, h_y = f(x), y
-        elif row["loss"] in ("smmd", "gcmmd"):
-            (h_x, J), h_y = common.jacobian(f, x), f(y)
-        else:
-            h_x, h_y = common.both(f, x, y)
+    if row["nets"] == "gmmn-ae":                    # y are codes
+        h_x, h_y = f(x), y
+    elif row["loss"] in ("smmd", "gcmmd"):
+        h_x, back = common.pullback(f, x)
+        J, h_y = common.jacobian(h_x, back), f(y)
+    else:
+        h_x, h_y = common.both(f, x, y)
     match row["loss"]:
         case "gan": loss = common.gan_generator(h_y)
         case "wasserstein": loss = common.wasserstein(h_x, h_y)
@@ -231,22 +239,30 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
     state |= dict(opt_f=opt_f) if f else {}
 
     def draw(n):
-        return common.draw_images(images, n, rng) / 255, g(nets["noise"](n, nets["z"], rng))
+        return common.draw_images(images, n, rng) / 255, nets["noise"](n, nets["z"], rng)
+
+    def critic(x, z, a):
+        with torch.no_grad():
+            y = g(z)
+        return critic_loss(row, f, decoder, kernel, x, y, a)
+
+    def generator(x, z):
+        return generator_loss(row, f, kernel, x, g(z))
 
     def critic_step():
-        with torch.no_grad():
-            x, y = draw(ENCODE_BATCH if codes else row["batch"])
+        x, z = draw(ENCODE_BATCH if codes else row["batch"])
+        a = torch.rand(len(x), 1, 1, 1, generator=rng, device=device) if row["penalty"] else None
         with parametrize.cached():      # a spectral norm is iterated once
-            loss = critic_loss(row, f, decoder, kernel, x, y, rng)
+            loss = critic(x, z, a)
             common.descend((opt_f, loss))
         if row["clip"]:
             common.clip_weights(f, CLIP)
         log.add(loss_f=loss)
 
     def generator_step():
-        x, y = draw(row["batch"])
+        x, z = draw(row["batch"])
         if gram:                        # Algorithm 1: one Gram matrix, both gradients, both steps
-            h_x, h_y = common.both(f, x, y)
+            h_x, h_y = common.both(f, x, g(z))
             K_xx, K_xy, K_yy = common.gram(kernel, h_x, h_y)
             objective, r = common.gram_objective(K_xx, K_xy, K_yy, row["form"], row["ridge"], LAMBDA)
             loss = common.mmd2(K_xx, K_xy, K_yy)
@@ -255,8 +271,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
             log.add(loss_f=-objective, loss_g=loss, pearson=common.pearson(r), mean_r=r.mean(),
                     spread=h_x.var(0).sum() / h_y.var(0).sum())
         else:
-            with parametrize.cached():
-                loss, h_x, h_y = generator_loss(row, f, kernel, x, y)
+            with common.frozen(f), parametrize.cached():
+                loss, h_x, h_y = generator(x, z)
                 common.descend((opt_g, loss))
             log.add(loss_g=loss, **(dict(spread=h_x.var(0).sum() / h_y.var(0).sum()) if f else {}))
 
@@ -285,6 +301,8 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
                           images=common.fingerprint(images), features=network and network.key,
                           reference=reference and reference["key"]), {}
     step = common.load(folder, state, settings, -ENCODE if codes else 0)
+    fast = device.type == "cuda" and steps >= COMPILE and not codes and BATCH not in nets.get("norms", ())
+    critic, generator = common.compiled(critic, fast), common.compiled(generator, fast)
     critic_step, generator_step = common.capture(critic_step, rng), common.capture(generator_step, rng)
     for step in common.progress(f"{name}: steps of its autoencoder", range(step + 1, 1), -step, lambda _: 1):
         torch.manual_seed(step - seed * ENCODE)         # dropout draws from PyTorch's own generator

@@ -188,8 +188,10 @@ def critic_loss(row, f, decoder, kernel, x, y, rng):
     if row["weights"]:          # the norm is that of all critics: each has an equal share of it
         loss = loss + row["penalty"] / len(x) * common.weight_penalty(f, row["weights"])
     elif row["penalty"]:        # on the slope of the sum of the critic's outputs
-        a = torch.rand(x.shape[:-1], generator=rng, device=x.device)
-        loss = loss + row["penalty"] * common.gradient_penalty(lambda t: f(t).sum(-1), x, y, a)
+        a = torch.rand(*x.shape[:-1], 1, generator=rng, device=x.device)
+        t = (a * x + (1 - a) * y).requires_grad_()
+        slope, = torch.autograd.grad(f(t).sum(), t, create_graph=True)
+        loss = loss + row["penalty"] * common.gradient_penalty(slope).mean(-1)
     if row["feasible"]:
         loss = loss - row["feasible"] * common.feasible_set(h_x, h_y)
     if row["autoencoder"]:
@@ -613,7 +615,7 @@ def main(argv=None):
         print(text)
         made = f"{common.command(argv)}\n{', '.join(common.machine(device).values())}"
         with common.replacing(f"{out}.md") as file:
-            file.write(f"{made}\n\n{text}\n".encode())
+            file.write(f"{made}\n\n{text}\n".encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """Milliseconds per update of a script's rows on the present device, and what scoring takes.
 
     python tests/bench.py --script celeba --method sn-smmd+precision=bf16 smmd
-    python tests/bench.py --method gram --side 2 4 --eager --profile    side by side, uncaptured, its kernels
+    python tests/bench.py --method gram --side 1 4 --way captured eager --profile       side by side; its kernels
     python tests/bench.py metrics --images 50000    FID, KID, Inception score; torch-fidelity's, if installed
     python tests/bench.py tf32 --features FILE      what TF32 does to scores of CIFAR-10, blurred or not
     python tests/bench.py ratio                     GRAM's density ratio and its gradient
     python tests/bench.py input --images 50000      celeba.py's sn-smmd, images mapped and on the GPU
     python tests/bench.py build --data FOLDER       an array of 64x64 from a folder of images
 
-An update has all of its critic's steps, but no bursts. Without FILE weights are random."""
+An update has all of its critic's steps, but no bursts; its limit is that of a H200's TF32 or bfloat16, dense. Without
+FILE weights are random."""
 import argparse
 import importlib.util
 import itertools
@@ -17,10 +18,13 @@ import time
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from conftest import inception_weights      # which also makes the scripts known
 
 import celeba, cifar, common  # noqa: E401
 
+PEAK = dict(tf32=495, bf16=989)             # TFLOP/s
 WARM = 5            # updates of a run before those that are timed: a graph is recorded at the fourth
 QUIET = dict.fromkeys("LOG_EVERY SCORE_EVERY SAVE_EVERY BURST_EVERY TRACE_EVERY".split(), 10 ** 9) | dict(
     BURST_UNTIL=1, TRACE_UNTIL=0, PANELS=(), ENCODE=1)
@@ -31,23 +35,27 @@ def now():
     return time.perf_counter()
 
 
-def milliseconds(script, row, args, device, images, *size, side=1, eager=False, profiler=None):
-    """Milliseconds per update of runs of a row, so many side by side, each on a CUDA stream of its own."""
-    vars(script).update(QUIET)
-    capture, common.capture = common.capture, (lambda update, rng: update) if eager else common.capture
+def timed(script, row, args, device, images, *size, side=1, way="compiled", profiler=None):
+    """Milliseconds per update of so many runs of a row, each on a CUDA stream of its own, and the first's seconds.
+
+    way: compiled, as --steps 10000 does it; captured, without torch.compile; or eager, without a graph either.
+    """
+    vars(script).update(QUIET | dict(COMPILE=0 if way == "compiled" else 10 ** 10))
+    capture, common.capture = common.capture, (lambda update, rng: update) if way == "eager" else common.capture
     with tempfile.TemporaryDirectory() as out:
-        runs = [(torch.cuda.Stream() if str(device) == "cuda" else None, script.train(
-            "run", row, i, f"{out}/{i}", 10 ** 9, device, images, *size)) for i in range(side)]
+        runs, start = [(torch.cuda.Stream() if str(device) == "cuda" else None, script.train(
+            "run", row, i, f"{out}/{i}", 10 ** 9, device, images, *size)) for i in range(side)], now()
         first, then = [run for run in runs for _ in range(WARM)], runs * args.updates
         for i, (stream, run) in enumerate(first + then):
             if i == len(first):
                 began = now()
-                profiler and profiler.start()
+                profiler and profiler.__enter__()
             with torch.cuda.stream(stream):
                 next(run)
+            seconds = now() - start if i == 0 else seconds
         took, common.capture = now() - began, capture
-    profiler and profiler.stop()
-    return 1e3 * took / len(then)
+    profiler and profiler.__exit__(None, None, None)
+    return 1e3 * took / len(then), seconds
 
 
 def methods(args, device):
@@ -55,16 +63,28 @@ def methods(args, device):
     table, size = (script.METHODS[args.set], [faces["size"]]) if script is celeba else (script.METHODS, [])
     side = dict(mnist=28, cifar=32, imagenet=64, celeba=faces["side"])[args.script]
     images = torch.randint(256, (5_000, 1 if side == 28 else 3, side, side), dtype=torch.uint8).to(device)
-    ways = [("alone", {}), *((f"{k} side by side", dict(side=k)) for k in args.side)]
-    ways += [("eager", dict(eager=True))] * args.eager
+    alone = argparse.Namespace(updates=1)
     for text in args.method or table:
         name, row = common.find_row(text, table, script.DEFAULTS, script.NAMES)
-        own = script, row, args, device, images, *size
-        for way, options in ways:
-            print(f"{name}, {way}: {milliseconds(*own, **options):.2f} ms an update", flush=True)
-        if args.profile:
-            milliseconds(*own, profiler=(p := torch.profiler.profile()))
-            print(p.key_averages().table(f"self_{'device' if images.is_cuda else 'cpu'}_time_total", 25))
+        own = device, images, *size
+        flops = FlopCounterMode(display=False)
+        flops.mod_tracker.__enter__ = flops.mod_tracker.__exit__ = lambda *_: None      # it has no autograd.grad
+        timed(script, row, alone, *own, way="eager", profiler=flops)
+        for way, k in itertools.product(args.way, args.side):
+            torch.cuda.reset_peak_memory_stats() if images.is_cuda else None
+            ms, seconds = timed(script, row, args, *own, side=k, way=way)
+            rate = flops.get_total_flops() / ms / 1e9                                   # TFLOP/s
+            share = rate / PEAK[row.get("precision", "tf32")]
+            line = f"{name}, {way}, {k} at once: {ms:.2f} ms, {rate:.0f} TFLOP/s, {share:.0%} of the limit; "
+            line += f"first update after {seconds:.0f} s"
+            if images.is_cuda:
+                line += f"; {torch.cuda.max_memory_allocated() / 2 ** 20:,.0f} MiB"
+                timed(script, row, alone, *own, way=way, profiler=(p := torch.profiler.profile()))
+                kernels = [e for e in p.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+                line += f"; {len(kernels):,} kernels of {sum(e.device_time for e in kernels) / 1e3:.2f} ms"
+                if args.profile:
+                    print(p.key_averages().table("self_device_time_total", row_limit=25))
+            print(line, flush=True)
 
 
 def metrics(args, device):
@@ -106,7 +126,7 @@ def mapped(args, device):
     np.save(path := f"{args.out}/images.npy", np.random.randint(0, 256, (args.images, 3, 178, 178), np.uint8))
     row, images = celeba.DEFAULTS | celeba.METHODS["celeba160"]["sn-smmd"], common.read_array(path)
     for where, images in (("mapped", images), ("on the device", images.to(device))):
-        print(f"{where}: {milliseconds(celeba, row, args, device, images, 160):.2f} ms an update")
+        print(f"{where}: {timed(celeba, row, args, device, images, 160)[0]:.2f} ms an update")
 
 
 def build(args, device):
@@ -119,10 +139,10 @@ if __name__ == "__main__":
     whats = dict(methods=methods, metrics=metrics, tf32=metrics, ratio=ratio, input=mapped, build=build)
     parser.add_argument("what", nargs="?", default="methods", choices=whats)
     words = dict(script="cifar", set="celeba160", data="data", features=None, device=None, method=[])
-    for key, default in (words | dict(updates=100, images=50_000, side=[])).items():
-        parser.add_argument(f"--{key}", default=default, nargs="+" if default == [] else None,
+    for key, default in (words | dict(updates=100, images=50_000, side=[1])).items():
+        parser.add_argument(f"--{key}", default=default, nargs="+" if isinstance(default, list) else None,
                             type=int if key in ("updates", "images", "side") else str)
-    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--way", nargs="+", default=["compiled"], choices=["compiled", "captured", "eager"])
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     print(", ".join(common.machine(device := common.setup(args.device)).values()))

@@ -1,11 +1,12 @@
 """Adversarial critics, scaled and gradient-constrained MMD, the losses of cifar.py's rows, ring2d.Stack."""
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import cifar
 import common
@@ -52,54 +53,41 @@ def dense(f, x, y, mu, lam):
 # ---- pieces -----------------------------------------------------------------------------------------------
 
 
-def test_witness_and_jacobian():
-    k, x, v, w = PLAIN["unit"], points(5, 4), points(4, 8) / 2, points(8, 3)
+def test_witness():
+    k = PLAIN["unit"]
     agree(lambda *sets: common.witness(unit, *sets), lambda t, x, y: k(t, x).mean(1) - k(t, y).mean(1),
           points(4, 3, seed=2), points(6, 3), points(5, 3, seed=1, shift=0.4))
-    for i, wanted in enumerate((net, slopes)):
-        agree(lambda v, w: common.jacobian(lambda t: net(t, v, w), x.to(v.dtype))[i],
-              lambda v, w: wanted(x, v, w), v, w)
 
 
 @pytest.mark.parametrize("slope", common.AXES)
 def test_gradient_penalty_has_a_norm_an_image_or_a_line(slope):
     """Lines of mbinkowski/MMD-GAN, axis 1 of [N, H, W, C], and of Scaled-MMD-GAN, axis 1 of [N, C, H, W]."""
-    x, y, v, w = points(5, 3, 4, 4), points(5, 3, 4, 4, seed=1), points(48, 8) / 7, points(8, 2)
-    a = torch.rand(5, generator=torch.Generator().manual_seed(0))
-
-    def found(v, w, sets=(x, y, a)):
-        sets = (t.to(v.dtype) for t in sets)
-        return common.gradient_penalty(lambda t: net(t, v, w).sum(-1), *sets, common.AXES[slope])
-
-    def wanted(v, w):
-        between = torch.stack([u * s + (1 - u) * t for u, s, t in zip(a.double(), x, y)])
-        G = slopes(between, v, w).sum(1).view_as(x)
+    def wanted(G):
         lines = {"image": G.flatten(1), "columns": G.permute(0, 2, 1, 3), "pixels": G}[slope]
         return (lines.square().sum(1).sqrt() - 1).square().mean()
 
-    agree(found, wanted, v, w)
-    stacked = found(v, w, [t.expand(2, *t.shape) for t in (x, y, a)])
-    assert torch.allclose(stacked, wanted(v, w).expand(2)) and stacked.shape == (2,)
+    agree(lambda G: common.gradient_penalty(G, common.AXES[slope]).mean(), wanted, points(5, 3, 4, 4))
+    agree(lambda G: common.gradient_penalty(G).mean(-1), lambda G: torch.stack([
+        (g.square().sum(1).sqrt() - 1).square().mean() for g in G]), points(2, 5, 3))       # of a stack's points
 
 
 def test_gradient_penalty_of_a_flat_critic_is_finite():
-    weight = torch.zeros(3, requires_grad=True)
-    found = common.gradient_penalty(lambda t: t @ weight, torch.randn(4, 3), torch.randn(4, 3), torch.rand(4))
-    gradient, = torch.autograd.grad(found, weight)
+    slope = torch.zeros(4, 3, requires_grad=True)
+    found = common.gradient_penalty(slope).mean()
+    gradient, = torch.autograd.grad(found, slope)
     assert float(found.detach()) == 1 and torch.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("name", ["cramer", "mmd-dist"])
 @pytest.mark.parametrize("a", [0.0, 1.0])
-def test_gradient_penalty_at_a_point_of_either_set_is_finite(a):
+def test_a_slope_at_a_point_of_either_set_is_finite(name, a):
     """Where the distance kernel has its kink: TF32 rounds points near x to x."""
-    f = common.dcgan_critic(3, (4, 8), 5, norms=(None, None), size=8)
-    x, y = torch.rand(2, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    h_x, h_y = f(x), f(y)
-    for best in (lambda h: common.cramer_witness(h, h_y),
-                 lambda h: common.witness(common.distance, h, h_x, h_y)):
-        penalty = common.gradient_penalty(lambda t: best(f(t)), x, y, torch.full((6,), a))
-        gradient = torch.autograd.grad(penalty, list(f.parameters())[:-1], retain_graph=True)
-        assert all(g.isfinite().all() for g in gradient) and any(g.abs().max() > 0 for g in gradient)
+    row = cifar.row_of(name)[1]
+    _, f, _ = cifar.networks(row)
+    x, y = torch.rand(2, 6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    loss = cifar.critic_loss(row, f, None, cifar.kernels()[row["kernel"]], x, y, torch.full((6, 1, 1, 1), a))
+    gradient = torch.autograd.grad(loss, list(f.parameters()))
+    assert all(g.isfinite().all() for g in gradient) and any(g.abs().max() > 0 for g in gradient)
 
 
 def test_feasible_set_wasserstein_and_reconstruction():
@@ -147,8 +135,8 @@ def test_scaled_losses_have_the_mean_squared_slope():
 
     def check(found, wanted, K):        # found: from f(x), f(y), J; wanted: from those and E |J|^2
         def of(v, w):
-            h, J = common.jacobian(lambda t: net(t, v, w), x.to(v.dtype))
-            return found(h, net(y.to(v.dtype), v, w), J)
+            h_x, h_y = (net(t.to(v.dtype), v, w) for t in (x, y))
+            return found(h_x, h_y, slopes(x.to(v.dtype), v, w))
 
         agree(of, lambda v, w: wanted(net(x, v, w), net(y, v, w), slopes(x, v, w).square().sum() / 6),
               v, points(8, K))
@@ -171,7 +159,7 @@ def test_gradient_constrained_mmd_equals_the_dense_system(s):
     x, y, v, w = points(5, 4), points(6, 4, seed=1, shift=0.5), points(4, 8) / 2, points(8, s)
 
     def reduced(v, w, y):
-        h, J = common.jacobian(lambda t: net(t, v, w), x.to(v.dtype))
+        h, J = net(x.to(v.dtype), v, w), slopes(x.to(v.dtype), v, w)
         return common.gradient_constrained_mmd2(h, net(y, v, w), h, J, 0.1)[0]
 
     agree(reduced, lambda v, w, y: dense(lambda t: net(t, v, w), x, y, x, 0.1), v, w, y, near_32=1e-3)
@@ -184,13 +172,13 @@ def test_gradient_constrained_critic_meets_its_constraint():
     def f(t):
         return net(t, v, w)
 
-    h, J = common.jacobian(f, x)
+    h, J = f(x), slopes(x, v, w)
     squared, critic = common.gradient_constrained_mmd2(h, f(y), h, J, lam)
     S = squared.sqrt()
     difference = critic(f(x)).mean() - critic(f(y)).mean()
     assert (difference / S).item() == pytest.approx(S.item(), rel=1e-9)
-    _, slope = common.jacobian(lambda t: critic(f(t))[:, None], x)
-    in_mu = critic(f(x)).square().mean() + slope.square().sum((1, 2)).mean()
+    slope = torch.func.grad(lambda t: critic(f(t)).sum())(x)
+    in_mu = critic(f(x)).square().mean() + slope.square().sum(1).mean()
     shorter = common.gradient_constrained_mmd2(h, f(y), h, J, 10 * lam)[0]
     scaled = common.smmd2(common.mmd2(*common.gram(unit, h, f(y))), J, 1, 1 + lam)
     assert in_mu < squared                      # the rest is lam |g|^2 in the kernel's space
@@ -278,20 +266,20 @@ def test_losses_of_every_row(name):
     f = f and f.eval()              # spectral norms stay
     x, y = torch.rand(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
     y = (0.5 * y).requires_grad_()
-    rng, multiplier = torch.Generator().manual_seed(5), torch.tensor(0.3, dtype=torch.float64)
+    multiplier = torch.tensor(0.3, dtype=torch.float64)
     a = torch.rand(8, generator=torch.Generator().manual_seed(5)).double()
     kernel = cifar.kernels(dtype=torch.float64)[row["kernel"]]
     loss_f, loss_g = by_hand(row, f, decoder, x, y, a, 0.3)
-    found, h_x, h_y = cifar.generator_loss(row, f, kernel, x, y)
+    with common.frozen(f):
+        found, h_x, h_y = cifar.generator_loss(row, f, kernel, x, y)
     assert torch.equal(h_x, f(x) if f else x.flatten(1)) and torch.equal(h_y, f(y) if f else y.flatten(1))
     pairs = [(found, loss_g, [y])]
     if f:
         weights = [*f.parameters(), *(decoder.parameters() if decoder else ())]
-        unused = torch.autograd.grad(found, weights, allow_unused=True, retain_graph=True)
-        assert set(unused) == {None} and all(p.requires_grad for p in weights)
-        pairs.append((cifar.critic_loss(row, f, decoder, kernel, x, y, rng, multiplier), loss_f, weights))
+        between = a[:, None, None, None]
+        pairs.append((cifar.critic_loss(row, f, decoder, kernel, x, y, between, multiplier), loss_f, weights))
         if row["loss"] == "sobolev":
-            omega = common.jacobian(f, x)[1].square().sum((1, 2)).mean() - 1
+            omega = common.jacobian(*common.pullback(f, x)).square().sum((1, 2)).mean() - 1
             assert float(multiplier) == pytest.approx(0.3 + 0.5 * float(omega.detach()))
     for found, wanted, at in pairs:
         assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-9)
@@ -308,19 +296,49 @@ def test_losses_of_gmmn_ae():
     assert kinds == "Flatten Dropout Linear ReLU Dropout Linear Sigmoid"
     x = torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
     y, kernel, k = g(points(9, 8)), cifar.kernels(dtype=torch.float64)["unit"], PLAIN["unit"]
-    weights, rng = [*f.parameters(), *decoder.parameters()], torch.Generator()
-    dropped = cifar.critic_loss(row, f, decoder, kernel, x, y, rng)
-    found = cifar.critic_loss(row, f.eval(), decoder, kernel, x, y, rng)
+    weights = [*f.parameters(), *decoder.parameters()]
+    dropped = cifar.critic_loss(row, f, decoder, kernel, x, y, None)
+    found = cifar.critic_loss(row, f.eval(), decoder, kernel, x, y, None)
     x_hat = decoder(f(x))
     entropy = -(x * x_hat.log() + (1 - x) * (1 - x_hat).log()).mean()
     assert dropped.item() != found.item() == pytest.approx(entropy.item(), rel=1e-9)
     for a, b in zip(*(torch.autograd.grad(loss, weights) for loss in (found, entropy))):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    loss, h_x, h_y = cifar.generator_loss(row, f, kernel, x, y)
-    assert torch.equal(h_x, f(x)) and torch.equal(h_y, y)
+    with common.frozen(f):
+        loss, h_x, h_y = cifar.generator_loss(row, f, kernel, x, y)
+    assert torch.equal(h_x, f(x)) and torch.equal(h_y, y) and all(p.requires_grad for p in weights)
     squared = k(h_x, h_x).mean() + k(y, y).mean() - 2 * k(h_x, y).mean()
     assert float(loss.detach()) == pytest.approx(float((squared + 1e-6).sqrt().detach()), rel=1e-9)
-    assert set(torch.autograd.grad(loss, weights, allow_unused=True)) == {None}
+    assert set(torch.autograd.grad(loss, weights[:len(list(f.parameters()))], allow_unused=True)) == {None}
+
+
+@pytest.mark.parametrize("name", ["sn-smmd", "cramer", "sobolev"])
+def test_compiled_losses_are_the_same(name, monkeypatch):
+    """torch.compile as it traces and differentiates them, also a spectral norm's iteration; two calls."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    row = cifar.row_of(name)[1]
+    torch.manual_seed(0)
+    f, kernel, a = cifar.networks(row)[1], cifar.kernels()[row["kernel"]], torch.rand(6, 1, 1, 1)
+    x, y = torch.rand(2, 6, 3, 32, 32)
+
+    def compute(f, wanted):
+        multiplier, found = torch.tensor(0.3), []
+        loss_of = common.compiled(lambda x, y: cifar.critic_loss(row, f, None, kernel, x, y, a, multiplier), wanted)
+        for _ in range(2):
+            with parametrize.cached():
+                loss = loss_of(x, y)
+                found += [loss.detach(), *torch.autograd.grad(loss, list(f.parameters()))]
+        return [*found, multiplier, *f.buffers()]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for found, wanted in zip(compute(copy.deepcopy(f), True), compute(f, False), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs + 1
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(capsys):
+    function = common.compiled(lambda x: (torch._dynamo.graph_break(), x + 1)[1], True)
+    assert [function(torch.tensor(2.0)) for _ in range(2)] == [3, 3]
+    assert capsys.readouterr().out.count("slower, without it") == 1
 
 
 @pytest.mark.parametrize("name", ["sn-smmd", "sn-mmd-gp-l2", "sn-gan"])

@@ -143,8 +143,11 @@ def test_files_that_are_no_images(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="set.npy: found no .npy array .*deleted"):
             common.read_images(str(path))
-    with pytest.raises(OSError, match="nothing.npy"):
-        common.read_images(f"{tmp_path}/nothing.npy")
+    path.write_bytes(whole.replace(b"8)", b"8 "))            # of the header
+    os.mkfifo(tmp_path / "pipe.npy")
+    for name, said in (("set.npy", "no .npy array"), ("nothing.npy", "no file"), ("pipe.npy", "no file")):
+        with says(name, said):
+            common.read_images(f"{tmp_path}/{name}")
 
 
 def test_every_kind_of_image_file_becomes_rgb(tmp_path):
@@ -155,10 +158,16 @@ def test_every_kind_of_image_file_becomes_rgb(tmp_path):
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 128).save(tmp_path / "16.png")
     rgb.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=98)
     Image.fromarray(np.dstack([picture, noise(40, 30)])).save(tmp_path / "alpha.png")
-    assert {Image.open(path).mode[0] for path in tmp_path.iterdir()} == set("LIPCR")
+    rgb.getexif()[274] = 6              # to be turned to the right
+    (tilted := rgb.rotate(90, expand=True)).save(tmp_path / "tilted.png", exif=rgb.getexif())
+    assert {Image.open(path).mode[0] for path in tmp_path.iterdir()} == set("LIPCR") and tilted.size == (40, 30)
     found = {path.name: np.asarray(common.open_image(str(path))).astype(int) for path in tmp_path.iterdir()}
     assert np.array_equal(found["8.png"], np.dstack([np.asarray(grey)] * 3))
     assert np.abs(found["16.png"] - found["8.png"]).max() <= 1 and np.array_equal(found["alpha.png"], picture)
+    assert np.array_equal(found["tilted.png"], picture)
+    (tmp_path / "half.png").write_bytes((tmp_path / "8.png").read_bytes()[:-40])
+    with says(f"{tmp_path}/half.png: cannot be read ("):
+        common.open_image(tmp_path / "half.png")
     assert all(np.abs(found[name] - picture).mean() < 6 for name in ("palette.png", "cmyk.jpg"))
 
 
@@ -167,7 +176,8 @@ def test_image_files(tmp_path):
     inside, outside = tmp_path / "set", tmp_path / "outside"
     (inside / "b" / "deep").mkdir(parents=True), (inside / "a.b[1]").mkdir(), outside.mkdir()
     files = ["a.b[1]/x.tif", "b/1.png", "b/deep/0.webp", "b/deep/10.Jpg", "z.JPEG"]
-    for name in (*files, "b/notes.txt", "b/png", "../outside/o.jpg"):
+    (inside / ".hidden").mkdir()
+    for name in (*files, "b/notes.txt", "b/png", "../outside/o.jpg", "b/._1.png", ".hidden/1.png"):
         (inside / name).touch()
     (inside / "file.png").symlink_to(outside / "o.jpg"), (outside / "also").symlink_to(outside)
     (inside / "link").symlink_to(outside), (inside / "b" / "again").symlink_to(inside)

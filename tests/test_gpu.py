@@ -48,7 +48,7 @@ def start(text, folder, steps=6, seed=0, script=cifar, images=None):
         network = common.Features(lambda x: x[..., :28, :28].flatten(1).float() / 255, "pixels", "0", cuda)
         features, _ = network(images[:200])
         mean, root = common.gaussian_fit(features)
-        reference = dict(features=features, mean=mean, root=root, name="")
+        reference = dict(features=features, mean=mean, root=root, name="", key=[1])
     return {str(folder): script.train(name, row, seed, str(folder), steps, cuda, images, *size, network,
                                       reference)}
 

@@ -274,6 +274,11 @@ def test_two_sample_test_is_mmd2_and_its_permutations():
     assert far == pytest.approx(common.two_sample_test(x, y, permutations=50), rel=1e-5)
     scaled = [common.two_sample_test(s * binary, s * (1 - binary), permutations=50) for s in (1, 0.3)]
     assert scaled[0] == pytest.approx(scaled[1])                    # most distances are 0
+    for s in (1e-200, 1e200):
+        assert common.two_sample_test(s * x, s * y, permutations=50) == pytest.approx(
+            common.two_sample_test(x, y, permutations=50))
+    with says("kernel that is not finite"):
+        common.two_sample_test(x, y, lambda a, b: torch.nan * common.dot(a, b))
 
 
 def test_two_sample_test_has_its_level_and_power():
@@ -299,7 +304,11 @@ def test_ratio_at_new_points():
     t = np.linspace(-0.5, 2, 6)[:, None]
     assert np.allclose(common.ratio_at(t, x, y, 1, 1), np.exp(0.5 - t[:, 0]), rtol=0.2)
     assert torch.allclose(common.ratio_at(t + 1e8, x + 1e8, y + 1e8, 1, 1), common.ratio_at(t, x, y, 1, 1), atol=1e-4)
-    for wrong in (dict(ridge=0), dict(x=[1.0, 2.0]), dict(points=np.ones((2, 3)))):
+    far = np.concatenate([t, [[1e12]]])
+    assert torch.equal(common.ratio_at(far, x, y, 1, 1)[:6], common.ratio_at(t, x, y, 1, 1))
+    assert torch.allclose(common.ratio_at(t, x, np.concatenate([y, [[1e12]]]), 1, 1),
+                          common.ratio_at(t, x, y, 1, 1), rtol=1e-2)
+    for wrong in (dict(ridge=0), dict(ridge=np.inf), dict(sigma=[1, 0]), dict(sigma=[]), dict(x=[1.0, 2.0]), dict(points=np.ones((2, 3)))):
         with says("expected"):
             common.ratio_at(**dict(points=t, x=x[:9], y=y[:9], sigma=1, ridge=1) | wrong)
     at_y = common.ratio_at(y[:50], x[:50], y[:50], 1, 0.1)

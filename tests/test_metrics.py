@@ -101,15 +101,22 @@ def test_fid_inception_is_the_references(tmp_path, monkeypatch, capsys):
 def test_feature_networks_that_fail(tmp_path):
     images = pictures(35)
     images[:, 0, 0, 0], images[23, 0, 0, 0] = 1, 0          # of the third of four parts
-    with pytest.raises(common.RunError, match="net: features of image 23 are not finite"):
+    with pytest.raises(common.RunError, match="net: features or logits of image 23 are not"):
         common.Features(lambda x: torch.where(x[:, 0, :1, 0] == 0, torch.nan, 1.0), "net", "key", CPU)(images)
-    for wrong in (lambda x: x.float(), lambda x: x[:1, :, 0, 0], lambda x: {"a": x}, lambda x: x[:, 3]):
+    def with_logits(logits):
+        return lambda x: (x[:, :, 0, 0].float(), logits(x[:, 0, 0, :2].float()))
+    with pytest.raises(common.RunError, match="logits of image 0 are not"):
+        common.Features(with_logits(lambda x: x * torch.nan), "net", "key", CPU)(images)
+    for wrong in (lambda x: x.float(), lambda x: x[:1, :, 0, 0].float(), lambda x: {"a": x}, lambda x: x[:, 3],
+                  lambda x: x[:, :, 0, 0], *map(with_logits, (lambda x: x[:1], lambda x: x[:, 0], lambda x: x + 1j))):
         with pytest.raises(common.RunError, match="net fails on 35 images: .*"):
             common.Features(wrong, "net", "key", CPU)(images)
     for name in ("net.pt2", "net.pth"):
         (tmp_path / name).write_bytes(b"half")
         with says(name, "cannot be loaded", ".pth", ".pt2"):
             common.load_features(str(tmp_path / name), CPU)
+    other = common.load_features(export(tmp_path / f"{common.FID_NAME}.pt2"), CPU)
+    assert other.name != common.FID_NAME                    # no other network's distance is an FID
 
 
 @pytest.mark.parametrize("kind", ["plain", "tuple"])

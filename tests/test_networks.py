@@ -9,6 +9,7 @@ import cifar
 import common
 import imagenet
 import mnist
+from conftest import says
 
 
 def count(network):
@@ -48,9 +49,9 @@ def test_networks_of_the_other_papers():
     f = common.dcgan_critic(3, (16, 32, 64, 128), 16, kernel=5, norms=(None, None))
     assert f(x).shape == (2, 16)
     assert count(f) == 25 * (3 * 16 + 16 * 32 + 32 * 64 + 64 * 128) + 240 + (128 * 4 + 1) * 16
-    f = common.dcgan_critic(3, (128, 256, 512), 10, kernel=5, norms=(None, common.layer_norm))
+    f = common.dcgan_critic(3, (128, 256, 512), 10, kernel=5, norms=(None, common.LayerNorm))
     kinds = [type(layer).__name__ for layer in f]
-    assert kinds[:6] == ["Conv2d", "LeakyReLU", "Conv2d", "GroupNorm", "LeakyReLU", "Conv2d"]
+    assert kinds[:6] == ["Conv2d", "LeakyReLU", "Conv2d", "LayerNorm", "LeakyReLU", "Conv2d"]
     assert f(x).shape == (2, 10) and f[3].num_groups == 1         # over all of an image
     f = common.dcgan_critic(3, (64, 128, 256), 128, norms=(None, common.batch_norm))
     assert count(f) == 16 * (3 * 64 + 64 * 128 + 128 * 256) + 64 + 2 * (128 + 256) + 4097 * 128
@@ -90,12 +91,11 @@ def test_pooled_critic():
     assert torch.allclose(f(x), h.flatten(1) @ w[9].T + w[10], atol=1e-5)
 
 
-@pytest.mark.parametrize("norm", [None, common.batch_norm, common.layer_norm])
+@pytest.mark.parametrize("norm", [None, common.batch_norm, common.LayerNorm])
 def test_both_sets_in_one_pass_equal_either_alone(norm):
     """Values, gradients of the weights, and of the samples, with batch norms that see each set apart."""
     torch.manual_seed(0)
     f = common.dcgan_critic(3, (4, 8), 5, norms=(norm, norm), size=8).double()
-    assert isinstance(f[0], common.Conv2d) == (norm is not common.batch_norm)
     x, y = torch.rand(2, 6, 3, 8, 8, dtype=torch.float64)
     y = (3 * y - 1).requires_grad_()
     found, wanted = common.both(f, x, y), (f(x), f(y))
@@ -107,22 +107,67 @@ def test_both_sets_in_one_pass_equal_either_alone(norm):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("kernel, stride, padding, size",
-                         [(4, 2, 1, 8), (5, 2, 2, 8), (3, 1, 1, 5), (5, 2, 2, 7)])
-def test_convolution_and_its_gradients_equal_pytorch_s(kernel, stride, padding, size):
-    """First derivatives, and the slope's in the weights, which PyTorch takes another way."""
+CRITICS = {
+    "5x5, odd sizes": (lambda: common.dcgan_critic(3, (4, 6), 2, 5, (None,), 7), 7),
+    "4x4, layer norm": (lambda: common.dcgan_critic(3, (4, 6, 8), 3, 4, (None, common.LayerNorm), 8), 8),
+    "seven layers": (lambda: cifar.sngan_critic(3, 1, 2), 32),
+    "residual": (lambda: imagenet.residual_critic(3, (4, 5, 6), 2, 8), 8),
+    "spectral": (lambda: common.spectral(common.dcgan_critic(3, (4, 6), 1, 4, (None,), 8), True), 8),
+    "points": (lambda: common.Layers(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, 2)), None)}
+
+
+@pytest.mark.parametrize("name", CRITICS)
+def test_slopes_written_out_are_pytorchs(name):
+    """Features, slopes, and what both give weights and points, of a scalar whose gradient depends on h."""
     torch.manual_seed(0)
-    ours = common.Conv2d(3, 4, kernel, stride, padding).double()
-    layer = torch.nn.Conv2d(3, 4, kernel, stride, padding).double()
-    layer.load_state_dict(ours.state_dict())
-    x, found = torch.rand(2, 3, size, size, dtype=torch.float64, requires_grad=True), []
-    for conv in (ours, layer):
-        y = conv(x).tanh()
-        first = torch.autograd.grad(y.square().sum(), [x, *conv.parameters()], retain_graph=True)
-        slope, = torch.autograd.grad(y.sum(), x, create_graph=True)
-        found.append([y, *first, slope, *torch.autograd.grad(slope.square().sum(), [x, *conv.parameters()])])
+    f, size = CRITICS[name][0]().double(), CRITICS[name][1]
+    for p in f.parameters():
+        p.data.add_(torch.randn_like(p) / 5)
+    x = torch.randn(6, *((3, size, size) if size else (5,)), dtype=torch.float64).requires_grad_()
+    weights, at, found, outputs = [x, *f.parameters()], slice(1, 4), [], []
+
+    def scalar(h):
+        return (h.sin() * torch.arange(1, 1 + h.shape[1])).sum()
+    with nn.utils.parametrize.cached():
+        for written in (True, False):
+            if written:
+                h, back = common.pullback(f, x, outputs)
+                slope = back(torch.func.grad(scalar)(h[at]), at)
+            else:
+                h = f(x)
+                slope = torch.autograd.grad(scalar(h[at]), x, create_graph=True)[0][at]
+            loss = (slope.flatten(1).norm(dim=1) - 1).square().mean() + h.square().mean()
+            found.append([h, slope, *torch.autograd.grad(loss, weights, retain_graph=True)])
+        J = torch.stack([torch.autograd.grad(h[:, k].sum(), x, retain_graph=True)[0] for k in range(h.shape[1])], 1)
+        torch.testing.assert_close(common.jacobian(*common.pullback(f, x)), J.flatten(2), rtol=1e-12, atol=1e-13)
     for a, b in zip(*found):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    leaky = sum(isinstance(layer, nn.LeakyReLU) for layer in f)
+    assert len(outputs) == leaky + 1 and torch.equal(outputs[-1], found[0][0])
+
+
+@pytest.mark.parametrize("name", ["smmd", "mmd-rqdot+nets=dcgan16", "gamn", "imagenet"])
+def test_slopes_in_float32(name):
+    """Full networks: the penalty's gradient is PyTorch's in float64 to 1e-5, as is PyTorch's in float32."""
+    torch.manual_seed(0)
+    script, size = (imagenet, 64) if name == "imagenet" else (cifar, 32)
+    row = imagenet.DEFAULTS | imagenet.METHODS["smmd"] if script is imagenet else cifar.row_of(name)[1]
+    f, x, found = script.networks(row)[1], torch.rand(3, 3, size, size), []
+    for dtype in (torch.float32, torch.float64):
+        f, t = f.to(dtype), x.to(dtype).requires_grad_()
+        ways = [torch.autograd.grad(f(t).sum(), t, create_graph=True)[0]]
+        h, back = common.pullback(f, t)
+        ways += [back(torch.ones_like(h), slice(None))]
+        for slope in ways:
+            gradient = torch.autograd.grad(slope.square().sum().sqrt(), [p for p in f.parameters() if p.ndim > 1])
+            found.append(torch.cat([g.flatten() for g in gradient]).double())
+    assert torch.allclose(found[2], found[3], rtol=1e-9, atol=1e-12 * float(found[2].abs().max()))
+    assert all((u - found[2]).norm() / found[2].norm() < 1e-5 for u in found[:2])
+
+
+def test_no_slope_through_a_batch_norm():
+    with says("BatchNorm2d: found in a critic whose slope is held"):
+        common.pullback(common.dcgan_critic(3, (4, 8), 5, size=8), torch.rand(2, 3, 8, 8))
 
 
 def test_batch_norm_has_no_memory():
@@ -247,7 +292,7 @@ def by_functions(block, x, up):
 
 @pytest.mark.parametrize("up", [True, False])
 def test_a_residual_block_is_its_formula(up):
-    """Also where the resizing is part of a convolution: values, gradients, and those of a critic's slope."""
+    """Also where the resizing is part of a convolution: values, gradients."""
     torch.manual_seed(0)
     block, found = common.Residual(5, 7, up, common.batch_norm if up else None).double(), []
     for p in block.parameters():
@@ -256,9 +301,6 @@ def test_a_residual_block_is_its_formula(up):
     assert block(x).shape == ((3, 7, 12, 12) if up else (3, 7, 3, 3))
     for y in (block(x), by_functions(block, x, up)):
         found.append([y, *torch.autograd.grad(y.sin().sum(), [x, *block.parameters()], retain_graph=True)])
-        if not up:
-            slope, = torch.autograd.grad(y.tanh().sum(), x, create_graph=True)
-            found[-1] += [slope, *torch.autograd.grad(slope.square().sum(), list(block.parameters()))]
     for u, v in zip(*found):
         torch.testing.assert_close(u, v, rtol=1e-11, atol=1e-11)
 
@@ -292,7 +334,8 @@ def test_bfloat16_is_near_float32(size, monkeypatch):
         g.bfloat16 = f.bfloat16 = bfloat16
         x, y = torch.rand(4, 3, size, size), g(torch.rand(4, 8))
         with nn.utils.parametrize.cached():
-            h, J = common.jacobian(f, x)
+            h, back = common.pullback(f, x)
+            J = common.jacobian(h, back)
             loss = (h - f(y)).mean() / (1 + J.square().sum((1, 2)).mean()).sqrt()
             gradients = torch.autograd.grad(loss, [*g.parameters(), *f.parameters()], allow_unused=True)
         norms = torch.cat([value for name, value in f.named_buffers() if name.endswith("._u")])

@@ -186,6 +186,8 @@ def test_names_with_keys_are_canonical():
     for text, *rates in (("gan", 2e-4, 4e-4), ("gan+lr=1e-3", 1e-3, 0), ("gan+lr=1e-3+lr_g=1", 1e-3, 1)):
         name, row = found(text)
         assert [row["lr"], row["lr_g"]] == rates and found(name) == (name, row)
+    for text in ("mmdnet+lr=1.0000001e-03", "gan+batch=1234567"):
+        assert found(text)[0] == text.replace("1.0000001e-03", "0.0010000001") and found(found(text)[0]) == found(text)
     assert [found(name)[0] for name in SCRIPTS["cifar"].PAPER] == list(SCRIPTS["cifar"].PAPER)
 
 
@@ -194,7 +196,8 @@ def test_names_with_keys_are_canonical():
     ("gram+nets=weeak", ["'weeak'", "did you mean weak?", "dcgan16"]), ("gram+critic=1.5", ["'1.5'", "int"]),
     ("gram+mirror=yes", ["'yes' for mirror", "bool, as 1"]), ("gram+lr=fast", ["'fast' for lr", "as 0.0001"]),
     ("gan+beta=0.5;0.9", ["'0.5;0.9' for beta", "tuple, as 0.5,0.999"]), ("gram+", ["''", "ridge"]),
-    ("+critic=8", ["''", "mmdgan"]), ("gram+critic", ["'' for critic", "int"]), ("zzz", ["expected gram"])])
+    ("+critic=8", ["''", "mmdgan"]), ("gram+critic", ["'' for critic", "int"]), ("gram+lr=nan", ["'nan' for lr"]),
+    ("gan+lr=1e400", ["'1e400' for lr"]), ("gan+beta=0.5,1", ["'0.5,1' for beta"]), ("zzz", ["expected gram"])])
 def test_rows_that_are_not_there(text, parts):
     with says(f"--method {text}", *parts):
         found(text)

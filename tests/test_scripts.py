@@ -198,7 +198,11 @@ def test_rows(script, rows, network, capsys):
 def test_pixels_of_data_and_samples(script, text, name, low, patch):
     """Data in the range of the generator's last layer: crops of the images, mirrored or not."""
     pairs = spy(patch, common, "both", lambda f, x, y, *rest: (x, y.detach()))
+    if "wgan-gp" in text:               # at data, samples and between
+        slopes = spy(patch, common, "pullback", lambda f, t, *rest: isinstance(f, common.Layers) and
+                     t[:2 * len(t) // 3].chunk(2))
     run(script, None, text, "--steps", 1)
+    pairs += [pair for pair in slopes if pair] if "wgan-gp" in text else []
     data = torch.from_numpy(np.load(f"data/{name}-train.npy")).double() / 255 * (1 - low) + low
     places = set()
     for x, y in pairs:
@@ -590,6 +594,6 @@ def test_features_that_are_not_finite_name_the_file(tmp_path):
     network = export(tmp_path / "nan.pt2", "nan")
     for i in range(3):
         Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(f"{i}.png")
-    with says("features of", "0.png are not finite"):
+    with says("features or logits of", "0.png are not"):
         common.score_files("data/cifar10-test.npy", os.getcwd(), network, "cpu")
     assert not [name for name in os.listdir("..") if name.endswith("-nan.pt")]
