@@ -411,8 +411,7 @@ def gradient_penalty(slope, axis=-1):
 def activation_penalty(outputs):
     """Sum over a critic's layers of the mean square of their outputs, over data plus over samples: a scalar.
 
-    outputs: of pullback, a list of [2 N, ...], of both (Binkowski et al. 2018, footnote 19; mbinkowski/MMD-GAN,
-    model.py).
+    outputs: of pullback, a list of [2 N, ...], of both (Binkowski et al. 2018, footnote 19; gan/core/model.py).
     """
     return 2 * sum(h.square().mean() for h in outputs)
 
@@ -771,11 +770,12 @@ def pullback(layer, x, outputs=None):
         case nn.LeakyReLU() | nn.ReLU():
             least = getattr(layer, "negative_slope", 0)
             h = F.leaky_relu(x, least) if least else x.relu()
+            mask = torch.where(h > 0, h.new_ones(()), least)
             if least and outputs is not None:
                 outputs.append(h)
 
             def back(u, at):
-                return torch.where(h[at] > 0, u, least * u)
+                return u * mask[at]
         case nn.AvgPool2d():
             h, k = layer(x), layer.kernel_size
 
@@ -975,10 +975,8 @@ class Average(nn.Module):
     def follow(self, network):
         self.t += 1
         w = (self.eta + 1) / (self.eta + self.t)
-        means = list(self.network.parameters())
-        steps = torch._foreach_sub(list(network.parameters()), means)       # three kernels, not one a weight
-        torch._foreach_mul_(steps, w)
-        torch._foreach_add_(means, steps)
+        for mean, p in zip(self.network.parameters(), network.parameters()):
+            mean.lerp_(p, w)
 
 
 class Contrast(nn.Module):
