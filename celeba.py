@@ -466,13 +466,14 @@ def main(argv=None):
     reference = common.load_reference(path, network, size if images.shape[-1] > size else None)
     images = common.to_device(images, device)
 
-    resume, stem = args.resume or bool(args.table or args.figure), f"{args.out}/celeba-{chosen}"
+    resume = args.resume or bool(args.table or args.figure)
     for name, row in rows.items():
         common.show(name, row, *networks(row, size))
         if row["decay"] and network is None:
             print(f"{name}: without a feature network its learning rates stay as they are")
-    runs = [common.Run(name, row, seed, common.run_folder(f"{stem}-{name}-s{seed}", __file__, resume))
+    runs = [common.Run(name, row, seed, f"{args.out}/celeba-{chosen}-{name}-s{seed}")
             for name, row in rows.items() for seed in args.seeds]
+    common.run_folders([run.folder for run in runs], __file__, resume)
     print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, size, network, reference,
                                                    samples) for run in runs}, common.command(argv))

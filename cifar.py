@@ -711,9 +711,9 @@ def main(argv=None):
         common.show(name, row, *networks(row))
         if row["decay"] and network is None:
             print(f"{name}: without a feature network its learning rates stay as they are")
-    runs = [common.Run(name, row, seed, common.run_folder(f"{args.out}/cifar-{name}-s{seed}", __file__,
-                                                          resume))
+    runs = [common.Run(name, row, seed, f"{args.out}/cifar-{name}-s{seed}")
             for name, row in rows.items() for seed in args.seeds]
+    common.run_folders([run.folder for run in runs], __file__, resume)
     print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples,
                                                    chosen["every"]) for run in runs}, common.command(argv))

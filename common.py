@@ -1480,7 +1480,7 @@ def setup(device):
 
     Sets the precision: TF32 in convolutions, full float32 in matrix products.
     """
-    if ranks()[1] < int(os.environ.get("WORLD_SIZE", 1)) and distributed.is_torchelastic_launched():
+    if ranks()[1] == 1 and torchrun() and os.environ["WORLD_SIZE"] != "1":
         raise ValueError("torchrun: this script trains on one GPU; start it with python")
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -1503,15 +1503,21 @@ def ranks():
     return (distributed.get_rank(), distributed.get_world_size()) if there else (0, 1)
 
 
+def torchrun():
+    """Whether torchrun has started this process: its variables alone may be left behind."""
+    there = all(os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return there and distributed.is_available() and distributed.is_torchelastic_launched()
+
+
 def join(device):
     """Join the processes that torchrun has started, if it has started several, before setup().
 
     device: of --device. Each takes a GPU of its own, or all the CPU, and has other noise and other data;
     descend() takes the mean of their gradients (Scaled MMD, section 4). The first alone prints and writes.
     """
-    local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available() and device != "cpu"
-    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+    if not torchrun():
         return
+    local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available() and device != "cpu"
     if cuda and local >= torch.cuda.device_count() or device not in (None, "cpu", "cuda"):
         raise ValueError(f"torchrun: found {torch.cuda.device_count()} GPUs and --device {device}, expected "
                          "a GPU for each process, or --device cpu")
@@ -1699,7 +1705,7 @@ def interleave(runs, command=""):
 
     A run yields after each update, is sent whether to save and stop, and returns a dict, which goes to
     FOLDER/result.json with the command and the milliseconds of one of its first updates, alone on the device.
-    A run that raises RunError ends alone. After a signal all are sent True, and KeyboardInterrupt comes when
+    A run that raises RunError or OSError ends alone. After a signal all are sent True, and KeyboardInterrupt comes when
     they have saved. Of several processes the runs come one by one, and all stop at the same update.
     """
     several, cuda = ranks()[1] > 1, torch.cuda.is_initialized()
@@ -1722,7 +1728,7 @@ def interleave(runs, command=""):
         for i in range(FIRST):
             began = now() if i == FIRST - TIMED else began
             run.send(None if i == 0 else stop)
-            if any_asked() if several and i < FIRST - TIMED else signals and not several:
+            if any_asked() if several else signals:
                 return
         took[folder] = 1e3 * (now() - began) / TIMED
 
@@ -1744,7 +1750,7 @@ def interleave(runs, command=""):
                     continue
                 except StopIteration as end:
                     results[folder] = end.value
-                except RunError as error:
+                except (RunError, OSError) as error:
                     if several:                             # perhaps of one process alone
                         raise
                     results[folder] = dict(failed=str(error))
@@ -1764,7 +1770,7 @@ def interleave(runs, command=""):
                 with replacing(path) as file:
                     file.write(json.dumps(results[folder], indent=1).encode())
             turn += 1
-            if several and took and every == 1:             # the same in all processes
+            if several and any(took.values()) and every == 1:           # the same in all processes
                 every = max(1, int(AGREE / averaged(torch.tensor(*took.values(), device=there))[0]))
             if stop and active:
                 raise KeyboardInterrupt
@@ -1838,29 +1844,32 @@ def lock(folder, wait=False):
         print(f"{folder}: its file system has no locks; do not train there twice at once")
 
 
-def run_folder(folder, script, resume):
-    """Make a run's folder, lock it, copy a script and this file there; returns its path.
+def run_folders(folders, script, resume):
+    """Make the folders of runs, lock them, copy a script and this file there.
 
-    Without resume a folder that holds a log is put aside as FOLDER-old-N, never written over.
+    One that holds a log or a checkpoint is put aside as FOLDER-old-N, never written over, unless resume is
+    True and it has a checkpoint to go on from.
     """
     if ranks()[0] == 0:         # the sources may stand in that very folder
         sources = {os.path.basename(path): open(path, "rb").read() for path in (script, __file__)}
-        os.makedirs(folder, exist_ok=True)
-        lock(folder)
-        if os.path.exists(f"{folder}/log.csv") and not resume:
-            old = next(old for n in itertools.count(1) if not os.path.exists(old := f"{folder}-old-{n}"))
-            os.rename(folder, old)
-            os.makedirs(folder)
+        for folder in filter(os.path.isdir, folders):       # all of them, before the first is put aside
             lock(folder)
-            print(f"{folder} held an earlier run, which is now {old}; --resume would have gone on with it")
-        for part in glob.glob(f"{glob.escape(folder)}/*.tmp*"):     # of a run that was killed
-            os.remove(part)
-        for name, text in sources.items():
-            with replacing(f"{folder}/{name}") as file:
-                file.write(text)
+        for folder in folders:
+            begun, kept = (os.path.exists(f"{folder}/{name}") for name in ("log.csv", "checkpoint.pt"))
+            if (begun or kept) and not (resume and kept):
+                old = next(old for n in itertools.count(1) if not os.path.exists(old := f"{folder}-old-{n}"))
+                os.rename(folder, old)
+                print(f"{folder} held an earlier run, which is now {old}"
+                      + "; --resume would have gone on with it" * kept)
+            os.makedirs(folder, exist_ok=True)
+            lock(folder)
+            for part in glob.glob(f"{glob.escape(folder)}/*.[0-9]*.tmp*"):      # of a run that was killed
+                os.remove(part)
+            for name, text in sources.items():
+                with replacing(f"{folder}/{name}") as file:
+                    file.write(text)
     if ranks()[1] > 1:
         distributed.barrier()
-    return folder
 
 
 def save(folder, step, state, settings, check=True):
@@ -1901,7 +1910,12 @@ def load(folder, state, settings, start=0):
             raise ValueError(f"{path}: found a run of {step:,} updates with {key} = {found.get(key)}, "
                              f"expected {settings.get(key)}; set it back, or name another folder with --out")
     own = parts | generators[ranks()[0]]
+    if "adaptive" in parts and "adaptive" not in state and ranks()[0] == 0:
+        raise ValueError(f"{path}: found rates that adapt to a feature network, expected --features FILE of it")
     for name, s in state.items():
+        if name == "adaptive" and name not in own:
+            print(f"{folder}: had no feature network; its rates adapt from here on")
+            continue
         try:
             (s.set_state if isinstance(s, torch.Generator) else s.load_state_dict)(own[name])
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
@@ -1939,9 +1953,13 @@ class Log:
         """Start the clock at an update, and the file with the rows that it has up to there."""
         rows = [",".join(["step", *self.columns, *self.readings, "seconds"])]
         if step and os.path.exists(self.path):
-            with open(self.path, errors="replace") as file:         # rows that a kill has damaged are dropped
-                rows += [row for row in file.read().splitlines()[1:] if row.count(",") == rows[0].count(",")
-                         and row.split(",")[0].isdecimal() and int(row.split(",")[0]) <= step]
+            with open(self.path, errors="replace") as file:
+                found = file.read().splitlines()[1:]
+            ours = [row for row in found if row.count(",") == rows[0].count(",") and row.split(",")[0].isdecimal()]
+            if len(ours) < len(found) - 1:          # than one that a kill has damaged
+                os.replace(self.path, f"{self.path}.old")
+                print(f"{self.path}: rows of another form are now in {self.path}.old")
+            rows += [row for row in ours if int(row.split(",")[0]) <= step]
         with replacing(self.path) as file:
             file.write("".join(row + "\n" for row in rows).encode())
         self.clock, self.shown = time.perf_counter(), (step, time.perf_counter())
@@ -2228,8 +2246,9 @@ def save_grid(path, images, columns=16):
 
 def save_figure(path, figure):
     """Write a matplotlib figure as a PNG, and print its path."""
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
     with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+        file.write(buffer.getbuffer())
     print(path)
 
 

@@ -263,13 +263,13 @@ def main(argv=None):
     reference = common.load_reference(val_path, network)
     images = common.to_device(images, device)
 
-    stem = f"{args.out}/imagenet"
     for name, row in rows.items():
         common.show(name, row, *networks(row))
         if row["decay"] and network is None:
             print(f"{name}: without a feature network its learning rates stay as they are")
-    runs = [common.Run(name, row, seed, common.run_folder(f"{stem}-{name}-s{seed}", __file__, args.resume))
+    runs = [common.Run(name, row, seed, f"{args.out}/imagenet-{name}-s{seed}")
             for name, row in rows.items() for seed in args.seeds]
+    common.run_folders([run.folder for run in runs], __file__, args.resume)
     print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples)
                                  for run in runs}, common.command(argv))

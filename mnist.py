@@ -372,24 +372,25 @@ def train_lenet(images, labels):
 def load_lenet(folder, device):
     """The Features of FOLDER/features-lenet.pth, trained if it is not there; raises OSError or ValueError."""
     path, network, sets = f"{folder}/features-lenet.pth", LeNet(), {}
-    if not os.path.exists(path):
-        for split in ("train", "test"):
+    with common.building(path) as needed:
+        for split in ("train", "test") if needed else ():
             images = common.load_images("mnist", split, folder).to(device)
             labels = np.load(of := f"{folder}/mnist-{split}-labels.npy")
             if labels.dtype != np.uint8 or labels.shape != images.shape[:1] or labels.max() > 9:
                 raise ValueError(f"{of}: found {labels.dtype} {list(labels.shape)}, expected uint8 up to 9, "
                                  f"{len(images)} of them; delete it and its images to have both fetched")
             sets[split] = images, torch.from_numpy(labels).long().to(device)
-        print(f"{path} is not there: trained once, by {LENET_EPOCHS} epochs of MNIST", flush=True)
-        trained, (x, labels) = train_lenet(*sets["train"]), sets["test"]
-        with torch.no_grad():
-            right = torch.cat([trained(part)[1].argmax(1) for part in x.split(1_000)]) == labels
-        kept = dict(weights=trained.state_dict(), accuracy=float(right.double().mean()))
-        try:
-            common.save_tensors(path, kept)
-        except OSError as error:
-            print(f"{path}: cannot be kept ({error}); this run goes on with it")
-            return common.Features(trained.eval(), "lenet", "not kept", device)
+        if needed:
+            print(f"{path} is not there: trained once, by {LENET_EPOCHS} epochs of MNIST", flush=True)
+            trained, (x, labels) = train_lenet(*sets["train"]), sets["test"]
+            with torch.no_grad():
+                right = torch.cat([trained(part)[1].argmax(1) for part in x.split(1_000)]) == labels
+            kept = dict(weights=trained.state_dict(), accuracy=float(right.double().mean()))
+            try:
+                common.save_tensors(path, kept)
+            except OSError as error:
+                print(f"{path}: cannot be kept ({error}); this run goes on with it")
+                return common.Features(trained.eval(), "lenet", "not kept", device)
     try:
         kept = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(kept["weights"])
@@ -442,8 +443,9 @@ def main(argv=None):
     out, resume = f"{args.out}/mnist", args.resume or bool(args.table or args.figure)
     for name, row in rows.items():
         common.show(name, row, *networks(row))
-    runs = [common.Run(name, row, seed, common.run_folder(f"{out}-{name}-s{seed}", __file__, resume))
+    runs = [common.Run(name, row, seed, f"{out}-{name}-s{seed}")
             for name, row in rows.items() for seed in args.seeds]
+    common.run_folders([run.folder for run in runs], __file__, resume)
     print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples)
                                  for run in runs}, common.command(argv))

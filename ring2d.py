@@ -372,7 +372,8 @@ def animate(run):
     figure, writer = common.Figure(figsize=(7, 3.6), layout="constrained"), PillowWriter(fps=8)
     spaces = [space for space in ("", "f_") if all(f"{space}x" in p for p in kept.values())]
     panels = figure.subplots(1, len(spaces), squeeze=False)[0]
-    with writer.saving(figure, f"{run.folder}/training.tmp.gif", dpi=80):
+    part = f"{run.folder}/training.{os.getpid()}.tmp.gif"
+    with writer.saving(figure, part, dpi=80):
         for step in [*sorted(kept), *8 * [max(kept)]]:              # the last one for a second more
             for axes, space in zip(panels, spaces):
                 axes.clear()
@@ -381,7 +382,7 @@ def animate(run):
                 common.scatter_panel(axes, x, y, title)
             panels[0].set(adjustable="box", xlim=(-3, 3), ylim=(-3, 3))
             writer.grab_frame()
-    os.replace(f"{run.folder}/training.tmp.gif", f"{run.folder}/training.gif")
+    os.replace(part, f"{run.folder}/training.gif")
     print(f"{run.folder}/training.gif")
 
 
@@ -597,8 +598,8 @@ def main(argv=None):
         common.show(name, row, *networks(row, cells(args.figure, seeds)[-1]))       # the largest
         for own in [[seed] for seed in seeds] if single else [seeds]:
             folder = f"{args.out}/ring2d-{name}-s{own[0]}" if single else f"{out}-{name}"
-            folder = common.run_folder(folder, __file__, args.resume or not single)
             runs.append(common.Run(name, row, own, folder))
+    common.run_folders([run.folder for run in runs], __file__, args.resume or not single)
     print(common.log_head(COLUMNS, steps, device))
     results = common.interleave({run.folder: train(*run, steps, device, args.figure) for run in runs},
                                 common.command(argv))

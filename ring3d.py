@@ -185,12 +185,11 @@ def main(argv=None):
     rows = dict(common.find_row(name, METHODS, DEFAULTS, NAMES) for name in args.method or METHODS)
     steps, device = args.steps or STEPS, common.setup(args.device)
     torch.set_num_threads(1)            # the matrices are too small to share between cores
-    runs = []
     for name, row in rows.items():
         common.show(name, row, *networks(row))
-        for seed in args.seeds:
-            folder = common.run_folder(f"{args.out}/ring3d-{name}-s{seed}", __file__, args.resume)
-            runs.append(common.Run(name, row, seed, folder))
+    runs = [common.Run(name, row, seed, f"{args.out}/ring3d-{name}-s{seed}")
+            for name, row in rows.items() for seed in args.seeds]
+    common.run_folders([run.folder for run in runs], __file__, args.resume)
     print(common.log_head(COLUMNS, steps, device))
     results = common.interleave({run.folder: train(*run, steps, device) for run in runs},
                                 common.command(argv))

@@ -62,7 +62,9 @@ def test_both_stop_at_one_update_and_go_on(several):
 def test_devices_of_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")           # left behind by another program: not looked at
     common.join("cuda:1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a"), monkeypatch.setenv("LOCAL_RANK", "")
+    common.join("cuda:1")
+    monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("LOCAL_RANK", "1")
     with says("this script trains on one GPU"):
         common.setup("cpu")
     with says("--device cuda:1", "--device cpu"):
@@ -107,7 +109,8 @@ def main():
     kept["gradients"] = [p.grad for p in state["f"].parameters()]
     for names in ([f"whole-{rank}", f"second-{rank}"], ["parts"], ["parts"]):
         with suppress(KeyboardInterrupt):
-            common.interleave({common.run_folder(name, __file__, True): train(name, kept) for name in names})
+            common.run_folders(names, __file__, True)
+            common.interleave({name: train(name, kept) for name in names})
     torch.save(kept, f"{rank}.pt")
 
 

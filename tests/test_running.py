@@ -61,8 +61,10 @@ def test_a_run_that_fails_ends_alone(tmp_path, capsys):
         if fails:
             raise fails
         return dict(done=True)
-    results = together(tmp_path, a=run(), b=run(common.RunError("diverged at 2")), c=run())
-    assert results["a"]["done"] and results["b"]["failed"] == "diverged at 2" and results["c"]["done"]
+    full = OSError(28, "No space left", "log.csv")
+    results = together(tmp_path, a=run(), b=run(common.RunError("diverged at 2")), c=run(full), d=run())
+    assert results["a"]["done"] and results["b"]["failed"] == "diverged at 2" and results["d"]["done"]
+    assert results["c"]["failed"] == str(full)
     assert "b: diverged" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="a mistake"):
         together(tmp_path, d=run(RuntimeError("a mistake")), e=run())
@@ -90,7 +92,7 @@ def test_a_signal_has_every_run_save(number, at, tmp_path, capfd):
 
 def test_another_process(tmp_path):
     """It is refused a folder that this one holds; SIGHUP stays ignored; a second signal ends it at once."""
-    common.run_folder(str(tmp_path), __file__, True)
+    common.run_folders([str(tmp_path)], __file__, True)
     code = f"""if True:
         import os, signal, common
         def run():
@@ -99,7 +101,7 @@ def test_another_process(tmp_path):
                 os.kill(os.getpid(), number)
                 print(number, flush=True)
         try:
-            common.run(lambda: common.run_folder({str(tmp_path)!r}, common.__file__, True))
+            common.run(lambda: common.run_folders([{str(tmp_path)!r}], common.__file__, True))
         except SystemExit as end:
             print("code", end.code)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)            # as nohup does
@@ -194,6 +196,9 @@ def test_log(tmp_path, capsys, monkeypatch):
     for step, n in ((3, 3), (0, 1)):
         log.start(step)
         assert path.read_text().splitlines() == wanted[:n] and os.listdir(tmp_path) == ["log.csv"]
+    path.write_text(old := "\n".join(wanted).replace(",", ";"))      # by a spreadsheet
+    log.start(9)
+    assert path.read_text().splitlines() == wanted[:1] and (tmp_path / "log.csv.old").read_text() == old
 
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(tmp_path):
@@ -256,21 +261,24 @@ def test_a_file_is_replaced_or_not_there(tmp_path):
 
 
 def test_run_folders(tmp_path, capsys):
-    """Sources are copied; without --resume an earlier run is put aside; this process may lock again."""
-    folder, script = f"{tmp_path}/out/run", tmp_path / "script.py"
-    for n in range(3):
+    """Sources are copied; what is not gone on with is put aside, once all are locked; temporary files go."""
+    folder, other, script = f"{tmp_path}/out/run", f"{tmp_path}/out/other", tmp_path / "script.py"
+    for n, (resume, kept) in enumerate([(False, "log.csv"), (True, "checkpoint.pt"), (False, "checkpoint.pt"),
+                                        (True, "notes.tmp.txt")]):
         script.write_text(f"version {n}")
-        assert common.run_folder(folder, str(script), False) == folder
-        assert ("--resume" in capsys.readouterr().out) == (n > 0)
-        with open(f"{folder}/log.csv", "x") as file:
+        common.run_folders([other, folder], str(script), resume)
+        said = capsys.readouterr().out
+        assert said.count("held an earlier run") == (n in (1, 2)) and ("--resume" in said) == (n == 2)
+        with open(f"{folder}/{kept}", "x") as file:
             file.write(str(n))
-    open(f"{folder}/a.png.7.tmp", "w").close()                      # as a kill leaves it
-    common.run_folder(folder, f"{folder}/script.py", True)          # a copied script, in place
-    for name, n in ((folder, 2), (f"{folder}-old-1", 0), (f"{folder}-old-2", 1)):
+    open(f"{folder}/a.png.7.tmp", "w").close(), open(f"{folder}/training.7.tmp.gif", "w").close()       # of a kill
+    common.run_folders([folder], f"{folder}/script.py", True)       # a copied script, in place
+    for name, texts in ((folder, {"checkpoint.pt": "2", "notes.tmp.txt": "3"}), (f"{folder}-old-1", {"log.csv": "0"}),
+                        (f"{folder}-old-2", {"checkpoint.pt": "1"})):
         found = {file: open(f"{name}/{file}").read() for file in os.listdir(name)}
-        assert found.pop("common.py") == open(common.__file__).read()
-        assert found == {"log.csv": str(n), "script.py": f"version {n}"}
-    assert sorted(os.listdir(tmp_path / "out")) == ["run", "run-old-1", "run-old-2"]
+        assert found.pop("common.py") == open(common.__file__).read() and found.pop("script.py").startswith("version")
+        assert found == texts, name
+    assert sorted(os.listdir(tmp_path / "out")) == ["other", "run", "run-old-1", "run-old-2"]
 
 
 def test_flags(capsys):
@@ -353,3 +361,8 @@ def test_a_checkpoint_knows_its_images_and_features(tmp_path):
             common.load(str(tmp_path), state, settings | other)
     for features in (None, "a"):                    # scored earlier, or later
         assert common.load(str(tmp_path), state, settings | dict(features=features, reference=features and [8])) == 3
+    adaptive = common.AdaptiveRate([state["opt"]], torch.ones(9, 2), "a", 0.5, 3, 2, 0.1, 1e-3)
+    assert common.load(str(tmp_path), state | dict(adaptive=adaptive), settings) == 3       # begins to adapt
+    common.save(str(tmp_path), 3, state | dict(adaptive=adaptive), settings)
+    with says("rates that adapt", "--features"):
+        common.load(str(tmp_path), state, settings | dict(features=None))
