@@ -303,6 +303,7 @@ def test_ratio_at_new_points():
     x, y = rng.normal(size=(3_000, 1)), rng.normal(size=(3_000, 1)) + 1                 # truth exp(1/2 - t)
     t = np.linspace(-0.5, 2, 6)[:, None]
     assert np.allclose(common.ratio_at(t, x, y, 1, 1), np.exp(0.5 - t[:, 0]), rtol=0.2)
+    x, y = x[:200], y[:200]
     assert torch.allclose(common.ratio_at(t + 1e8, x + 1e8, y + 1e8, 1, 1), common.ratio_at(t, x, y, 1, 1), atol=1e-4)
     far = np.concatenate([t, [[1e12]]])
     assert torch.equal(common.ratio_at(far, x, y, 1, 1)[:6], common.ratio_at(t, x, y, 1, 1))
