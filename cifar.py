@@ -363,7 +363,7 @@ def load_generator(path, device):
     """What sample() takes of a checkpoint, or of its part in results/: row, generator, decoder, contrast."""
     try:
         kept = torch.load(common.checked(path), map_location="cpu", weights_only=True)
-        row, state = kept["settings"]["row"], kept["state"]
+        row, state = DEFAULTS | kept["settings"]["row"], kept["state"]      # of an earlier version, perhaps
         g, _, decoder = networks(row)
         g = common.Average(g, row["average"]) if row["average"] else g
         g.load_state_dict(state["average"])

@@ -1,7 +1,9 @@
 """Rows of METHODS against the papers' constants, typed out; names of rows with +KEY=VALUE."""
 import importlib
+import os
 
 import pytest
+import torch
 
 import common
 from conftest import says
@@ -189,6 +191,12 @@ def test_names_with_keys_are_canonical():
     for text in ("mmdnet+lr=1.0000001e-03", "gan+batch=1234567"):
         assert found(text)[0] == text.replace("1.0000001e-03", "0.0010000001") and found(found(text)[0]) == found(text)
     assert [found(name)[0] for name in SCRIPTS["cifar"].PAPER] == list(SCRIPTS["cifar"].PAPER)
+
+
+def test_the_generator_in_results():
+    cifar, cpu = SCRIPTS["cifar"], torch.device("cpu")
+    y = cifar.sample(*cifar.load_generator(f"{os.path.dirname(cifar.__file__)}/results/gram-cifar10.pt", cpu), 3)
+    assert y.shape == (3, 3, 32, 32) and y.float().std() > 30
 
 
 @pytest.mark.parametrize("text, parts", [
