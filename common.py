@@ -411,7 +411,7 @@ def gradient_penalty(slope, axis=-1):
 def activation_penalty(outputs):
     """Sum over a critic's layers of the mean square of their outputs, over data plus over samples: a scalar.
 
-    outputs: of pullback, a list of [2 N, ...], of both (Binkowski et al. 2018, footnote 19; gan/core/model.py).
+    outputs: of pullback, [2 N, ...] (Binkowski et al. 2018, footnote 19; mbinkowski/MMD-GAN, model.py).
     """
     return 2 * sum(h.square().mean() for h in outputs)
 
@@ -1705,8 +1705,8 @@ def interleave(runs, command=""):
 
     A run yields after each update, is sent whether to save and stop, and returns a dict, which goes to
     FOLDER/result.json with the command and the milliseconds of one of its first updates, alone on the device.
-    A run that raises RunError or OSError ends alone. After a signal all are sent True, and KeyboardInterrupt comes when
-    they have saved. Of several processes the runs come one by one, and all stop at the same update.
+    A run that raises RunError or OSError ends alone. After a signal all are sent True, and KeyboardInterrupt
+    comes when they have saved. Of several processes the runs come one by one, and all stop at one update.
     """
     several, cuda = ranks()[1] > 1, torch.cuda.is_initialized()
     there = "cuda" if cuda else "cpu"
@@ -1911,7 +1911,7 @@ def load(folder, state, settings, start=0):
                              f"expected {settings.get(key)}; set it back, or name another folder with --out")
     own = parts | generators[ranks()[0]]
     if "adaptive" in parts and "adaptive" not in state and ranks()[0] == 0:
-        raise ValueError(f"{path}: found rates that adapt to a feature network, expected --features FILE of it")
+        raise ValueError(f"{path}: found rates that adapt to a feature network, expected it by --features")
     for name, s in state.items():
         if name == "adaptive" and name not in own:
             print(f"{folder}: had no feature network; its rates adapt from here on")
@@ -1955,7 +1955,8 @@ class Log:
         if step and os.path.exists(self.path):
             with open(self.path, errors="replace") as file:
                 found = file.read().splitlines()[1:]
-            ours = [row for row in found if row.count(",") == rows[0].count(",") and row.split(",")[0].isdecimal()]
+            ours = [row for row in found
+                    if row.count(",") == rows[0].count(",") and row.split(",")[0].isdecimal()]
             if len(ours) < len(found) - 1:          # than one that a kill has damaged
                 os.replace(self.path, f"{self.path}.old")
                 print(f"{self.path}: rows of another form are now in {self.path}.old")
