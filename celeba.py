@@ -36,7 +36,7 @@ ADAPT = (10, 3, 0.1, 1e-6)              # floor: Demystifying MMD GANs, section 
 SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score, if neither --samples nor --table says
 KEEP = 1_000                # of them in samples.npy
 BOOTSTRAP, RESAMPLINGS = 25_000, 10     # of the distance, if so many are scored; as Demystifying MMD GANs
-COMPILE = 10_000            # updates from which torch.compile pays on a GPU; with batch norm it does not
+COMPILE = 3_000             # updates from which torch.compile pays on a GPU; with batch norm it does not
 LOG_EVERY = 200
 SCORE_EVERY = 10_000        # and a grid of samples
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite
@@ -230,7 +230,7 @@ def kernels(device=None, dtype=torch.float32):
 def networks(row, size):
     """Generator, critic and decoder of a row for images of size x size, None for what it has not."""
     nets, out, decoder = NETS[row["nets"]], row["critic"], None
-    common.check_row(row, out)
+    common.check_row(row, out, BATCH in nets["norms"])
     last = nn.Sigmoid if "unit" in nets else nn.Tanh
     start = nets.get("start") if size == 160 else 4
     g = (common.residual_generator(nets["z"], nets["g"], 3, last, size, start) if "start" in nets else

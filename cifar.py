@@ -248,7 +248,7 @@ def sngan_critic(channels, out, width):
 def networks(row):
     """Generator, critic and decoder of a row, None for what it has not."""
     nets, out, decoder = NETS[row["nets"]], row["critic"], None
-    common.check_row(row, out and "mlp" not in nets)
+    common.check_row(row, out and "mlp" not in nets, BATCH in nets.get("norms", ()))
     last = nn.Sigmoid if "unit" in nets else nn.Tanh
     to_image = last(), nn.Unflatten(1, (3, 32, 32))
     if "encoder" in nets:               # GMMN+AE: the generator makes codes; dropout: yujiali/gmmn, train.py

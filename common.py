@@ -36,6 +36,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -1654,6 +1655,7 @@ def compiled(function, wanted):
     if not wanted:
         return function
     torch._dynamo.config.recompile_limit = 1_000        # runs side by side share the code, but not the row
+    warnings.filterwarnings("ignore", module=r"torch\._inductor")       # of TF32 in matrix products: not meant
     call = torch.compile(function, fullgraph=True, dynamic=False)
 
     def first(*args):

@@ -28,7 +28,7 @@ ADAPT = (10, 3, 0.1, 1e-6)              # window, patience, level, floor: mbinko
 SAMPLES = dict(cuda=10_000, cpu=2_000)  # to score, without --samples; Scaled MMD has 50,000
 KEEP = 5_000                # of them in samples.npy
 BOOTSTRAP, RESAMPLINGS = 50_000, 10     # of the distance, if so many are scored
-COMPILE = 10_000            # updates from which torch.compile pays on a GPU; with batch norm it does not
+COMPILE = 3_000             # updates from which torch.compile pays on a GPU; with batch norm it does not
 LOG_EVERY = 200
 SCORE_EVERY = 10_000        # and a grid of samples
 SAVE_EVERY = 5_000          # a multiple of LOG_EVERY: what is saved has been seen to be finite

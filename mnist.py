@@ -143,7 +143,8 @@ def pooled_critic(widths, out):
 def networks(row):
     """Generator, critic and decoder of a row, None for what it has not."""
     nets, out = NETS[row["nets"]], row["critic"]
-    common.check_row(row, out and ("mlp" not in nets or "pooled" in nets))
+    common.check_row(row, out and ("mlp" not in nets or "pooled" in nets),
+                     "pooled" in nets or BATCH in nets.get("norms", ()))
     to_image = nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28))
     if "encoder" in nets:               # GMMN+AE: the generator makes codes; dropout: yujiali/gmmn, train.py
         first, act, last = common.mlp(*nets["encoder"])

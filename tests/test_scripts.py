@@ -440,6 +440,9 @@ def test_bad_input(network, patch):
                          (imagenet, "gram+form="), (ring2d, "gram+critic_steps=1")):
         with says("critic_steps=", ": expected "):
             run(script, None, text)
+    for script, text in ((cifar, "smmd+nets=weak"), (mnist, "smmd+nets=gram"), (celeba, "mmd-rqdot+nets=gram")):
+        with says("expected a critic without batch norm"):
+            run(script, None, text)
     with says("--figure bias needs a feature network", "--features"):
         run(cifar, None, "gram", "--figure", "bias")
     for script, text in ((cifar, "gan"), (mnist, "gram"), (imagenet, "gram"), (celeba, "gan --set celeba64")):
