@@ -1655,7 +1655,7 @@ def compiled(function, wanted):
     if not wanted:
         return function
     torch._dynamo.config.recompile_limit = 1_000        # runs side by side share the code, but not the row
-    warnings.filterwarnings("ignore", module=r"torch\._inductor")       # of TF32 in matrix products: not meant
+    warnings.filterwarnings("ignore", module=r"torch\._inductor")   # that TF32 in matrix products is off
     call = torch.compile(function, fullgraph=True, dynamic=False)
 
     def first(*args):
