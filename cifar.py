@@ -265,9 +265,8 @@ def networks(row):
         f = common.dcgan_critic(3, nets["f"], out, nets["kernel"], nets["norms"]) if out else None
     if row["autoencoder"]:
         decoder = common.dcgan_generator(out, nets["g"], 3, nets["kernel"], last)
-    g.bfloat16 = row["precision"] == "bf16"
-    if f:
-        f.bfloat16 = g.bfloat16
+    for network in filter(None, (g, f)):
+        network.bfloat16 = row["precision"] == "bf16"
     if f and BATCH not in nets.get("norms", ()):
         f.to(memory_format=torch.channels_last)         # the faster layout, but for the reshaping of Layers
     return g, common.spectral(f, row["spectral"] == "learned") if row["spectral"] else f, decoder

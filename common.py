@@ -1094,22 +1094,27 @@ def load_images(name, split, folder):
     path = f"{folder}/{name}-{split}.npy"
     with building(path) as needed:
         if needed:
-            print(f"{path} is not there: torchvision downloads {name}", flush=True)
-            try:
-                make = dict(mnist=torchvision.datasets.MNIST, cifar10=torchvision.datasets.CIFAR10)[name]
-                data = make(f"{folder}/torchvision", train=split == "train", download=True)
-            except (OSError, RuntimeError) as error:
-                raise OSError(f"{path}: not there, and torchvision cannot download it ({first_line(error)}); "
-                              "put uint8 [N, C, H, W] there, or name its folder with --data") from error
-            images = np.asarray(data.data)                          # [N, H, W] or [N, H, W, C]
-            images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-            for end, array in (("-labels", np.uint8(data.targets)), ("", np.ascontiguousarray(images))):
-                with replacing(f"{folder}/{name}-{split}{end}.npy") as file:
-                    np.save(file, array)
+            download_images(path, name, split)
     images, shape = read_array(path), dict(mnist=(1, 28, 28), cifar10=(3, 32, 32))[name]
     if images.shape[1:] != shape:
         raise ValueError(f"{path}: found images of {list(images.shape[1:])}, expected {list(shape)}")
     return images
+
+
+def download_images(path, name, split):
+    """Write load_images' two files, the array PATH and its labels, from torchvision's download."""
+    print(f"{path} is not there: torchvision downloads {name}", flush=True)
+    try:
+        make = dict(mnist=torchvision.datasets.MNIST, cifar10=torchvision.datasets.CIFAR10)[name]
+        data = make(f"{os.path.dirname(path)}/torchvision", train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"{path}: not there, and torchvision cannot download it ({first_line(error)}); put "
+                      "uint8 [N, C, H, W] there, or name its folder with --data") from error
+    images = np.asarray(data.data)                              # [N, H, W] or [N, H, W, C]
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    for end, array in (("-labels", np.uint8(data.targets)), ("", np.ascontiguousarray(images))):
+        with replacing(f"{path.removesuffix('.npy')}{end}.npy") as file:
+            np.save(file, array)
 
 
 @contextmanager
@@ -1562,7 +1567,8 @@ def descend(*players):
     started the gradients are averaged: a step is the same in all.
     """
     weights = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer, _ in players]
-    gradients = [torch.autograd.grad(loss.sum(), w, retain_graph=i + 1 < len(players))
+    last = len(players) - 1             # a compiled backward pass may be the last one only
+    gradients = [torch.autograd.grad(loss.sum(), w, retain_graph=i < last)
                  for i, ((_, loss), w) in enumerate(zip(players, weights))]
     for (optimizer, _), w, gradient in zip(players, weights, gradients):
         for p, p_gradient in zip(w, averaged(*gradient)):
@@ -1656,18 +1662,19 @@ def compiled(function, wanted):
         return function
     torch._dynamo.config.recompile_limit = 1_000        # runs side by side share the code, but not the row
     warnings.filterwarnings("ignore", module=r"torch\._inductor")   # that TF32 in matrix products is off
-    call = torch.compile(function, fullgraph=True, dynamic=False)
+    fast = torch.compile(function, fullgraph=True, dynamic=False)
 
-    def first(*args):
-        nonlocal call
-        if call is not function:
-            try:
-                return call(*args)
-            except Exception as error:                  # whatever its compilers stumble over
-                print(f"torch.compile: {first_line(error)}; slower, without it", flush=True)
-                call = function
-        return call(*args)
-    return first
+    def call(*args):
+        nonlocal fast
+        try:
+            return fast(*args)
+        except Exception as error:                      # whatever its compilers stumble over
+            if fast is function:
+                raise
+            print(f"torch.compile: {first_line(error)}; slower, without it", flush=True)
+            fast = function
+        return function(*args)
+    return call
 
 
 signals = []                # those that have asked the runs to stop
@@ -1854,17 +1861,20 @@ def run_folders(folders, script, resume):
     """
     if ranks()[0] == 0:         # the sources may stand in that very folder
         sources = {os.path.basename(path): open(path, "rb").read() for path in (script, __file__)}
-        for folder in filter(os.path.isdir, folders):       # all of them, before the first is put aside
+        there = [folder for folder in folders if os.path.isdir(folder)]
+        for folder in there:            # all of them, before the first is put aside
             lock(folder)
         for folder in folders:
             begun, kept = (os.path.exists(f"{folder}/{name}") for name in ("log.csv", "checkpoint.pt"))
             if (begun or kept) and not (resume and kept):
                 old = next(old for n in itertools.count(1) if not os.path.exists(old := f"{folder}-old-{n}"))
                 os.rename(folder, old)
+                there.remove(folder)
                 print(f"{folder} held an earlier run, which is now {old}"
                       + "; --resume would have gone on with it" * kept)
             os.makedirs(folder, exist_ok=True)
-            lock(folder)
+            if folder not in there:
+                lock(folder)
             for part in glob.glob(f"{glob.escape(folder)}/*.[0-9]*.tmp*"):      # of a run that was killed
                 os.remove(part)
             for name, text in sources.items():

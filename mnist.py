@@ -49,7 +49,8 @@ READINGS = ("condition", "fd", "kid", "isc", "p", "lr_g")   # condition: of the 
 NORMAL, UNIFORM = common.normal_noise, common.uniform_noise
 BATCH, LAYER = common.batch_norm, common.LayerNorm
 NETS = {
-    "gram":    dict(mlp=(600, 600, 800, 784), pooled=(16, 32, 32), z=100, noise=UNIFORM),   # GRAM, Table 3
+    # GRAM, Table 3
+    "gram":    dict(mlp=(600, 600, 800, 784), pooled=(16, 32, 32), norms=(BATCH,), z=100, noise=UNIFORM),
     "dcgan":   dict(g=(512, 256, 128, 64), f=(64, 128, 256, 512), norms=(None,), z=128, noise=UNIFORM),
     "dcgan16": dict(g=(512, 256, 128, 64), f=(16, 32, 64, 128), norms=(None,), z=100, noise=UNIFORM),
     "gamn":    dict(g=(256, 128, 64), f=(64, 128, 256), norms=(None, LAYER), z=128, noise=NORMAL),
@@ -144,7 +145,7 @@ def networks(row):
     """Generator, critic and decoder of a row, None for what it has not."""
     nets, out = NETS[row["nets"]], row["critic"]
     common.check_row(row, out and ("mlp" not in nets or "pooled" in nets),
-                     "pooled" in nets or BATCH in nets.get("norms", ()))
+                     BATCH in nets.get("norms", ()))
     to_image = nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28))
     if "encoder" in nets:               # GMMN+AE: the generator makes codes; dropout: yujiali/gmmn, train.py
         first, act, last = common.mlp(*nets["encoder"])
@@ -370,20 +371,24 @@ def train_lenet(images, labels):
     return network
 
 
+def load_labelled(split, folder, device):
+    """MNIST's images of a split, uint8 [N, 1, 28, 28], and their labels, int64 [N]."""
+    images = common.load_images("mnist", split, folder).to(device)
+    labels = np.load(path := f"{folder}/mnist-{split}-labels.npy")
+    if labels.dtype != np.uint8 or labels.shape != images.shape[:1] or labels.max() > 9:
+        raise ValueError(f"{path}: found {labels.dtype} {list(labels.shape)}, expected uint8 up to 9, "
+                         f"{len(images)} of them; delete it and its images to have both fetched")
+    return images, torch.from_numpy(labels).long().to(device)
+
+
 def load_lenet(folder, device):
     """The Features of FOLDER/features-lenet.pth, trained if it is not there; raises OSError or ValueError."""
-    path, network, sets = f"{folder}/features-lenet.pth", LeNet(), {}
+    path, network = f"{folder}/features-lenet.pth", LeNet()
     with common.building(path) as needed:
-        for split in ("train", "test") if needed else ():
-            images = common.load_images("mnist", split, folder).to(device)
-            labels = np.load(of := f"{folder}/mnist-{split}-labels.npy")
-            if labels.dtype != np.uint8 or labels.shape != images.shape[:1] or labels.max() > 9:
-                raise ValueError(f"{of}: found {labels.dtype} {list(labels.shape)}, expected uint8 up to 9, "
-                                 f"{len(images)} of them; delete it and its images to have both fetched")
-            sets[split] = images, torch.from_numpy(labels).long().to(device)
         if needed:
+            data, (x, labels) = (load_labelled(split, folder, device) for split in ("train", "test"))
             print(f"{path} is not there: trained once, by {LENET_EPOCHS} epochs of MNIST", flush=True)
-            trained, (x, labels) = train_lenet(*sets["train"]), sets["test"]
+            trained = train_lenet(*data)
             with torch.no_grad():
                 right = torch.cat([trained(part)[1].argmax(1) for part in x.split(1_000)]) == labels
             kept = dict(weights=trained.state_dict(), accuracy=float(right.double().mean()))
