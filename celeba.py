@@ -100,7 +100,7 @@ DEFAULTS = dict(            # 0, False and "": without
     mirror=True,            # mirrored data are ours: results/cifar.md
 )
 NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd swgan sobolev".split(),
-             form=["", *"sum mean clip swap flow".split()], kernel="li gmmn rq rqdot distance unit".split(),
+             form=["", *common.FORMS], kernel="li gmmn rq rqdot distance unit".split(),
              opt=["adam", "rmsprop"], slope=list(common.AXES), spectral=["", "fixed", "learned"],
              precision=["tf32", "bf16"])
 
@@ -401,7 +401,7 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
 
     if row["decay"] and network:
         x, _ = network(few)
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, row["decay"], *ADAPT)
     settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=common.fingerprint(images),
                     features=network and network.key, reference=reference and reference["key"],
                     size=size, processes=processes)
@@ -438,7 +438,7 @@ def train(name, row, seed, folder, steps, device, images, size, network=None, re
 
 
 def main(argv=None):
-    parser = common.flags(__doc__, (), {}, "sn-smmd", STEPS, "those, fetched")
+    parser = common.flags(__doc__, (), "sn-smmd", STEPS, "those, fetched")
     parser.epilog += "".join(f"\n--set {name}:\n  {' '.join(METHODS[name])}" for name in SETS)
     parser.epilog += "\n--set FOLDER:\n  all of these, at 64x64"
     parser.add_argument("--set", metavar="NAME", type=os.path.expanduser,
@@ -482,7 +482,7 @@ def main(argv=None):
 
     finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
     if not finished:
-        raise RuntimeError("no run finished")
+        raise common.RunError("no run finished")
     if common.ranks()[0]:
         return
     common.save_figure(f"{args.out}/celeba-curves.png", common.curves_figure(finished, CURVES["all"]))

@@ -53,6 +53,10 @@ GULRAJANI = dict(g=(512, 256, 128), f=(128, 256, 512), kernel=5, z=128, noise=NO
 NETS = {
     "gram":    dict(GRAMFLOW, f=(32, 64, 128)),                                         # GRAM, Tables 5 and 6
     "weak":    dict(GRAMFLOW, f=(32, 32, 64)),                                          # its Table 7
+    "gram2":   dict(GRAMFLOW, g=(256, 128, 64), f=(64, 128, 256)),                      # ours: 2, 4, 8 times
+    "gram4":   dict(GRAMFLOW, g=(512, 256, 128), f=(128, 256, 512)),                    # as wide
+    "gram8":   dict(GRAMFLOW, g=(1024, 512, 256), f=(256, 512, 1024)),
+    "plain4":  dict(GRAMFLOW, g=(512, 256, 128), f=(128, 256, 512), norms=(None,)),     # for held slopes
     "li":      dict(g=(256, 128, 64), f=(64, 128, 256), kernel=4, norms=(None, BATCH), z=128, noise=NORMAL),
     "dcgan":   dict(DEMYSTIFYING, f=(64, 128, 256, 512)),
     "dcgan16": dict(DEMYSTIFYING, f=(16, 32, 64, 128)),
@@ -87,7 +91,7 @@ DEFAULTS = dict(            # 0, False and "": without
     contrast=True, mirror=True,             # data's contrast, and mirrored data are ours: results/cifar.md
 )
 NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd swgan sobolev".split(),
-             form=["", "sum", "mean", "clip", "swap", "flow"], opt=["adam", "rmsprop"], slope=[*common.AXES],
+             form=["", *common.FORMS], opt=["adam", "rmsprop"], slope=[*common.AXES],
              kernel="li rbf gmmn rq rqdot dot distance unit".split(), weights=["", "l1", "l2", "l2-all"],
              spectral=["", "fixed", "learned"], precision=["tf32", "bf16"])
 
@@ -149,7 +153,6 @@ METHODS = {
     "sn-mmd-gp-l2": dict(SCALED, penalty=1.0, activation=1.0, spectral="learned"),
     "sn-mmd-l2":    dict(SCALED, activation=1.0, spectral="fixed"),
 }
-PAPERS = {"GRAM": "gram", "Demystifying MMD GANs": "mmd-rqdot", "GAMN": "gamn", "Scaled MMD": "smmd"}
 
 # A paper's tables: the number of samples, ours for GRAM and GAMN; a row's Inception score, FID, KID
 TABLES = {
@@ -361,7 +364,7 @@ def sample(row, g, decoder, contrast, n, seed=0):
 def load_generator(path, device):
     """What sample() takes of a checkpoint, or of its part in results/: row, generator, decoder, contrast."""
     try:
-        kept = torch.load(common.checked(path), map_location="cpu", weights_only=True)
+        kept = torch.load(path, map_location="cpu", weights_only=True)
         row, state = DEFAULTS | kept["settings"]["row"], kept["state"]      # of an earlier version, perhaps
         g, _, decoder = networks(row)
         g = common.Average(g, row["average"]) if row["average"] else g
@@ -462,7 +465,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
 
     if row["decay"] and network:
         x, _ = network(images[:CODES])
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, row["decay"], *ADAPT)
     settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type,
                           images=common.fingerprint(images), features=network and network.key,
                           reference=reference and reference["key"]), {}
@@ -674,7 +677,7 @@ def noise_figure(images, others, network, reference):
 
 
 def main(argv=None):
-    parser = common.flags(__doc__, METHODS, PAPERS, "gram", STEPS, "those, fetched")
+    parser = common.flags(__doc__, METHODS, "gram", STEPS, "those, fetched")
     parser.add_argument("--table", choices=TABLES, help="train and score a paper's rows; finished ones stay")
     parser.add_argument("--figure", choices=FIGURES, help="draw a paper's figure; finished runs stay")
     parser.add_argument("--draw", metavar="FILE", help="samples of a checkpoint: a grid, and --samples")
@@ -720,7 +723,7 @@ def main(argv=None):
 
     finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
     if not finished:
-        raise RuntimeError("no run finished")
+        raise common.RunError("no run finished")
     common.save_figure(f"{args.out}/cifar-curves.png", common.curves_figure(finished, CURVES["all"]))
     if args.figure in CURVES:
         common.save_figure(picture, common.curves_figure(finished, CURVES[args.figure]))

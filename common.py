@@ -35,7 +35,6 @@ import shlex
 import signal
 import sys
 import time
-import traceback
 import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -264,7 +263,8 @@ def pearson(r):
     return (r - 1).square().mean(-1)
 
 
-AT_DATA = ("swap", "flow")      # the forms of gram_objective whose ratio stands at the data: they invert K_xx
+FORMS = ("sum", "mean", "clip", "square", "swap", "flow")      # of gram_objective
+AT_DATA = ("swap", "flow")      # those whose ratio stands at the data: they invert K_xx
 
 
 def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
@@ -274,6 +274,7 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
     sum     pearson(r) + lam sum(r)     p / q at y    GRAM, eq. 9, lam = 1; JuliaGRAM since 7e6da00
     mean    pearson(r) + lam mean(r)    p / q at y    JuliaGRAM 441596b, the "camera ready" code
     clip    pearson(max(r, 0))          p / q at y    GRAM, footnote 3; JuliaGRAM 44159b2
+    square  mean(r^2) - 1               p / q at y    GRAM's slides; it is pearson(r) if mean(r) = 1
     swap    pearson(r) + lam sum(r)     q / p at x    GRAM, eq. 9 with p and q exchanged; ours, for images
     flow    mean(r)                     q / p at x    GRAMFlow.ipynb, the authors' code for CIFAR-10
 
@@ -283,20 +284,16 @@ def gram_objective(K_xx, K_xy, K_yy, form, ridge, lam):
     draws them together; "swap" and "flow" spread the data around the samples, and the generator spreads them.
     pearson(r) can be raised by variance. Where K_xy is 0 so is r, the dead end of "clip". Raises ValueError.
     """
-    if form in AT_DATA:
-        r = density_ratio(K_xx, K_xy, ridge)        # the notebook's denominator block is the data
-    else:
-        r = density_ratio(K_yy, K_xy.mT, ridge)
-    if form in ("sum", "swap"):
-        return pearson(r) + lam * r.sum(-1), r
-    if form == "mean":
-        return pearson(r) + lam * r.mean(-1), r
-    if form == "clip":
-        r = r.clamp(min=0)
-        return pearson(r), r
-    if form == "flow":
-        return r.mean(-1), r
-    raise ValueError(f"form {form!r}: expected sum, mean, clip, swap or flow")
+    r = density_ratio(K_xx, K_xy, ridge) if form in AT_DATA else density_ratio(K_yy, K_xy.mT, ridge)
+    r = r.clamp(min=0) if form == "clip" else r
+    match form:
+        case "sum" | "swap": objective = pearson(r) + lam * r.sum(-1)
+        case "mean": objective = pearson(r) + lam * r.mean(-1)
+        case "clip": objective = pearson(r)
+        case "square": objective = r.square().mean(-1) - 1
+        case "flow": objective = r.mean(-1)
+        case _: raise ValueError(f"form {form!r}: expected {', '.join(FORMS)}")
+    return objective, r
 
 
 # ---- GAN ---------------------------------------------------------------------------------------------------
@@ -686,7 +683,8 @@ class Layers(nn.Sequential):
 
     def precision(self, x):
         for layer in self.modules() if self.bfloat16 else ():
-            getattr(layer, "weight", None)      # spectral norms are found in float32, and cached
+            if parametrize.is_parametrized(layer):
+                layer.weight                    # spectral norms are found in float32, and cached
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def forward(self, x, sets=1):
@@ -1091,30 +1089,21 @@ def load_images(name, split, folder):
 
     A missing file is built from torchvision's download, with its labels in FOLDER/NAME-SPLIT-labels.npy.
     """
-    path = f"{folder}/{name}-{split}.npy"
+    path, make = f"{folder}/{name}-{split}.npy", getattr(torchvision.datasets, name.upper())
     with building(path) as needed:
         if needed:
-            download_images(path, name, split)
-    images, shape = read_array(path), dict(mnist=(1, 28, 28), cifar10=(3, 32, 32))[name]
-    if images.shape[1:] != shape:
-        raise ValueError(f"{path}: found images of {list(images.shape[1:])}, expected {list(shape)}")
-    return images
-
-
-def download_images(path, name, split):
-    """Write load_images' two files, the array PATH and its labels, from torchvision's download."""
-    print(f"{path} is not there: torchvision downloads {name}", flush=True)
-    try:
-        make = dict(mnist=torchvision.datasets.MNIST, cifar10=torchvision.datasets.CIFAR10)[name]
-        data = make(f"{os.path.dirname(path)}/torchvision", train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{path}: not there, and torchvision cannot download it ({first_line(error)}); put "
-                      "uint8 [N, C, H, W] there, or name its folder with --data") from error
-    images = np.asarray(data.data)                              # [N, H, W] or [N, H, W, C]
-    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
-    for end, array in (("-labels", np.uint8(data.targets)), ("", np.ascontiguousarray(images))):
-        with replacing(f"{path.removesuffix('.npy')}{end}.npy") as file:
-            np.save(file, array)
+            print(f"{path} is not there: torchvision downloads {name}", flush=True)
+            try:
+                data = make(f"{folder}/torchvision", train=split == "train", download=True)
+            except (OSError, RuntimeError) as error:
+                raise OSError(f"{path}: not there, and torchvision cannot download it ({first_line(error)}); "
+                              "put uint8 [N, C, H, W] there, or name its folder with --data") from error
+            images = np.asarray(data.data)                          # [N, H, W] or [N, H, W, C]
+            images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+            for end, array in (("-labels", np.uint8(data.targets)), ("", np.ascontiguousarray(images))):
+                with replacing(f"{folder}/{name}-{split}{end}.npy") as file:
+                    np.save(file, array)
+    return read_array(path)
 
 
 @contextmanager
@@ -1133,17 +1122,10 @@ def building(path):
         unlock(folder)
 
 
-def checked(path):
-    """The path of a file as text; OSError if there is none, or a pipe, which would be waited for."""
-    if not os.path.isfile(path):
-        raise OSError(f"{path}: no file")
-    return os.fspath(path)
-
-
 def read_array(path):
     """The images of an .npy file, uint8 [N, C, H, W], as a tensor that maps it."""
     try:
-        array = np.lib.format.open_memmap(checked(path), mode="c")      # what is written stays in memory
+        array = np.lib.format.open_memmap(path, mode="c")      # what is written stays in memory
     except OSError:
         raise
     except Exception as error:                  # whatever its reader stumbles over
@@ -1157,7 +1139,7 @@ def read_array(path):
 def open_image(path):
     """An image file, upright, as RGB of PIL; grey, CMYK, palettes, alpha and 16 bits become RGB of 8 bits."""
     try:
-        with Image.open(checked(path)) as image:
+        with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):      # 16 bits, which PIL's conversion would cut off at 255
                 grey = (np.asarray(image, np.int64) + 128) // 257
@@ -1169,9 +1151,7 @@ def open_image(path):
 
 def image_files(folder):
     """The image files in a folder and below, sorted, not hidden ones; links are followed, not in circles."""
-    files, seen, known = [], set(), Image.registered_extensions()
-    reads = set(Image.OPEN) - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}       # which PIL only recognises
-    ends = (*IMG_EXTENSIONS, *(end for end, name in known.items() if name in reads))
+    files, seen, ends = [], set(), (*IMG_EXTENSIONS, ".gif", ".avif")
     for at, below, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(at)) in seen:
             below.clear()
@@ -1400,7 +1380,6 @@ def load_features(path, device):
         return None
     logging.disable(logging.WARNING)                # torch.export logs the traceback of what it raises
     try:
-        path and checked(path)
         if path and not path.endswith(".pth"):
             network = torch.export.passes.move_to_device_pass(torch.export.load(path), str(device)).module()
         else:
@@ -1488,19 +1467,11 @@ def setup(device):
     """
     if ranks()[1] == 1 and torchrun() and os.environ["WORLD_SIZE"] != "1":
         raise ValueError("torchrun: this script trains on one GPU; start it with python")
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.zeros(1, device=name).device
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("of another type")
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: torch {torch.__version__} cannot use it ({str(error)[:60]}); "
-                         "expected cpu, or cuda on a machine with a CUDA GPU") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)           # streams, and so captures, are those of this one
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device cuda: torch {torch.__version__} finds no CUDA GPU; expected cpu")
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    return torch.device(device.type)
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def ranks():
@@ -1524,9 +1495,9 @@ def join(device):
     if not torchrun():
         return
     local, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available() and device != "cpu"
-    if cuda and local >= torch.cuda.device_count() or device not in (None, "cpu", "cuda"):
-        raise ValueError(f"torchrun: found {torch.cuda.device_count()} GPUs and --device {device}, expected "
-                         "a GPU for each process, or --device cpu")
+    if cuda and local >= torch.cuda.device_count():
+        raise ValueError(f"torchrun: found {torch.cuda.device_count()} GPUs, expected one for each process, "
+                         "or --device cpu")
     if cuda:
         torch.cuda.set_device(local)
     # The first process may build an array or score for long while the others wait.
@@ -1585,24 +1556,22 @@ def rates(*optimizers):
 class AdaptiveRate:
     """Learning rates that fall when a model gets no nearer to the data (Binkowski et al. 2018, section 4.1).
 
-    x: features [m, D] of training images; key: which network's. step(y), with those of as many new samples,
+    x: features [m, D] of training images. step(y), with those of as many new samples,
     tests y against the model of `window` steps before and returns the p-value, None without such a model.
     p > level is a failure; `patience` of them in a row multiply the rates by decay, not below floor. As in
     mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on by one, a failure leaves the old
     model where it is, and a cut keeps the last `patience` models, the present one among them.
     """
 
-    def __init__(self, optimizers, x, key, decay, window, patience, level, floor):
-        self.optimizers, self.x, self.key, self.decay = optimizers, x.double(), key, decay
+    def __init__(self, optimizers, x, decay, window, patience, level, floor):
+        self.optimizers, self.x, self.decay = optimizers, x.double(), decay
         self.window, self.patience, self.level, self.floor = window, patience, level, floor
         self.models, self.failures = [], 0
 
     def state_dict(self):
-        return {"models": self.models, "failures": self.failures, "key": self.key}
+        return {"models": self.models, "failures": self.failures}
 
     def load_state_dict(self, kept):
-        if kept["key"] != self.key:
-            raise ValueError(f"found rates that adapt to network {kept['key']}, expected {self.key}")
         self.models = [tuple(part.to(self.x.device) for part in model) for model in kept["models"]]
         self.failures = kept["failures"]
 
@@ -1764,9 +1733,6 @@ def interleave(runs, command=""):
                         raise
                     results[folder] = dict(failed=str(error))
                     print(f"{folder}: {error}", flush=True)
-                except RuntimeError:                        # PyTorch's, where a script is changed
-                    traceback.print_exc()
-                    raise
                 del active[folder]
                 path = f"{folder}/result.json"
                 if folder not in took and os.path.exists(path):         # a finished run, resumed
@@ -1950,7 +1916,7 @@ class Log:
         self.path, self.name = f"{folder}/log.csv", os.path.basename(folder)
         self.columns, self.steps, self.readings = columns, steps, readings
         self.sums, self.zero = torch.zeros(2, len(columns), device=device), torch.zeros((), device=device)
-        self.given, self.seconds, self.unshown = {}, 0.0, np.zeros((2, len(columns)))
+        self.given, self.seconds = {}, 0.0
         self.clock = time.perf_counter()
 
     def state_dict(self):
@@ -1991,7 +1957,6 @@ class Log:
         """Write the means since the last row, and what readings() gives; RunError if a mean is not finite."""
         sums, now = np.array(averaged(self.sums)[0].tolist()), time.perf_counter()
         self.sums.zero_()
-        self.unshown += sums
         self.seconds, self.clock = self.seconds + now - self.clock, now
         means = [total / n if n else None for total, n in zip(*sums.tolist())]
         for name, mean in zip(self.columns, means):
@@ -2004,12 +1969,11 @@ class Log:
                 values = ["" if value is None else repr(value) for value in [*means, *read]]
                 file.write(",".join([str(step), *values, f"{self.seconds:.2f}"]) + "\n")
         if shown:
-            values = [*(total / n if n else None for total, n in zip(*self.unshown)), *read]
-            cells = "".join(f"{'-' if value is None else format(value, '.4g'):>11}" for value in values)
+            cells = "".join(f"{'-' if v is None else format(v, '.4g'):>11}" for v in [*means, *read])
             rate = (step - self.shown[0]) / (now - self.shown[1])
             minutes, left = divmod(round((self.steps - step) / rate), 60)
             print(f"{self.name:<28}{step:>9,}{cells}{rate:>11.1f}{minutes:>8}:{left:02}", flush=True)
-            self.unshown[:], self.shown = 0, (step, now)
+            self.shown = step, now
 
 
 def log_head(columns, steps, device, samples=0, network=None, reference=None):
@@ -2028,11 +1992,11 @@ def read_log(folder):
 
 # ---- Command line ------------------------------------------------------------------------------------------
 
-def flags(doc, methods, papers, method, steps, images):
+def flags(doc, methods, method, steps, images):
     """The parser of a script's flags, to which it adds its own; those not given are None or False.
 
-    doc: its docstring; methods: its METHODS; papers: {paper: its first row there}; method, steps: defaults;
-    images: the default of --features, a text, or "" for a script without images.
+    doc: its docstring; methods: its METHODS; method, steps: defaults; images: the default of --features, a
+    text, or "" for a script without images.
     """
     def seeds(text):
         first, colon, last = text.partition(":")
@@ -2046,21 +2010,16 @@ def flags(doc, methods, papers, method, steps, images):
             raise ValueError
         return int(text)
 
-    def path(text):                     # ~ is left in --out=~/DIR by a shell
-        return os.path.expanduser(text) or "."
-
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    heads = {row: f"\n{paper}:\n " for paper, row in papers.items()}
-    names = "".join(f"{heads.get(name, '')} {name}" for name in methods)
-    parser.epilog = f"NAMEs, each with +KEY=VALUE of the script's DEFAULTS if need be:{names}"
-    add = parser.add_argument
+    parser.epilog = f"NAMEs, each with +KEY=VALUE of the script's DEFAULTS if need be: {' '.join(methods)}"
+    add, path = parser.add_argument, os.path.expanduser         # a shell leaves ~ in --out=~/DIR
     add("--method", nargs="+", metavar="NAME", help=f"rows to train side by side (default {method})")
     add("--seeds", type=seeds, default=range(1), metavar="N", help="3: 0, 1, 2; 5:8: 5, 6, 7 (default 1)")
     add("--steps", type=positive, metavar="N", help=f"generator updates (default {steps})")
     add("--out", type=path, default="runs", metavar="DIR", help="folder for the runs (default runs)")
     add("--resume", action="store_true", help="go on from the checkpoints of the runs")
-    add("--device", metavar="NAME", help="cpu or cuda (default cuda where there is one)")
+    add("--device", choices=["cpu", "cuda"], help="(default cuda where there is one)")
     if images:
         add("--data", type=path, default="data", metavar="DIR", help="folder of the arrays (default data)")
         add("--samples", type=partial(positive, least=2), metavar="N",
@@ -2130,10 +2089,8 @@ def check_row(row, critic, batch_norm=False):
 
 def written(value):
     """A value of a row as --method takes it."""
-    def text(part):
-        return f"{part:g}" if not isinstance(part, str) and float(f"{part:g}") == part else str(part)
-
-    return ",".join(map(text, value if isinstance(value, tuple) else (value,)))
+    parts = value if isinstance(value, tuple) else (value,)
+    return ",".join(part if isinstance(part, str) else f"{part:.12g}" for part in parts)
 
 
 class Terminal:
@@ -2172,7 +2129,7 @@ def run(main):
         return
     except KeyboardInterrupt:
         error, code = "stopped; the same command goes on with --resume", 128 + (signals or [signal.SIGINT])[0]
-    except (OSError, RuntimeError, ValueError) as found:
+    except (OSError, RunError, ValueError) as found:
         error, code = found, 1
     if ranks()[0] == 0:
         print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
@@ -2259,9 +2216,8 @@ def save_grid(path, images, columns=16):
 
 def save_figure(path, figure):
     """Write a matplotlib figure as a PNG, and print its path."""
-    figure.savefig(buffer := io.BytesIO(), format="png", dpi=110)
     with replacing(path) as file:
-        file.write(buffer.getbuffer())
+        figure.savefig(file, format="png", dpi=110)
     print(path)
 
 

@@ -57,7 +57,7 @@ DEFAULTS = dict(            # 0, False and "": without
     average=3,              # samples come from averaged weights, those of update t count as t^3; this and the
     contrast=True,          # data's contrast are ours: results/cifar.md
 )
-NAMES = dict(nets=list(NETS), loss=["gram", "gan", "smmd"], form=["", *"sum mean clip swap flow".split()],
+NAMES = dict(nets=list(NETS), loss=["gram", "gan", "smmd"], form=["", *common.FORMS],
              kernel=["li", "unit"], spectral=["", "fixed", "learned"], precision=["tf32", "bf16"])
 
 SCALED = dict(critic=1, critic_steps=5, beta=(0.5, 0.9), decay=0.8)
@@ -215,7 +215,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
 
     if row["decay"] and network:
         x, _ = network(few)
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, row["decay"], *ADAPT)
     settings = dict(CONSTANTS, row=row, seed=seed, device=device.type, images=common.fingerprint(images),
                     features=network and network.key, reference=reference and reference["key"],
                     processes=processes)
@@ -249,7 +249,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
 
 
 def main(argv=None):
-    args = common.flags(__doc__, METHODS, {}, "sn-smmd", STEPS, "those, fetched").parse_args(argv)
+    args = common.flags(__doc__, METHODS, "sn-smmd", STEPS, "those, fetched").parse_args(argv)
     common.join(args.device)
     names, steps = args.method or ["sn-smmd"], args.steps or STEPS
     rows = dict(common.find_row(name, METHODS, DEFAULTS, NAMES) for name in names)
@@ -277,7 +277,7 @@ def main(argv=None):
 
     finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
     if not finished:
-        raise RuntimeError("no run finished")
+        raise common.RunError("no run finished")
     if common.ranks()[0] == 0:
         common.save_figure(f"{args.out}/imagenet-curves.png", common.curves_figure(finished, CURVES["all"]))
 

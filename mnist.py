@@ -76,7 +76,7 @@ DEFAULTS = dict(            # 0, False and "": without
     batch=64,               # of data and of samples
 )
 NAMES = dict(nets=list(NETS), loss="gram gan mmd mmd2 wasserstein cramer smmd gcmmd".split(),
-             form=["", *"sum mean clip swap flow".split()],
+             form=["", *common.FORMS],
              kernel="li rbf gmmn rq rqdot dot distance unit".split(),
              opt=["adam", "rmsprop"], slope=list(common.AXES), spectral=["", "fixed", "learned"])
 
@@ -110,7 +110,6 @@ METHODS = {
     "gcmmd":        dict(SCALED, loss="gcmmd", lam=1.0),                                # Proposition 4
     "sn-gcmmd":     dict(SCALED, loss="gcmmd", lam=1.0, spectral="learned"),
 }
-PAPERS = {"GRAM": "gram", "Demystifying MMD GANs": "mmd-rqdot", "GAMN": "gmmn", "Scaled MMD": "smmd"}
 # A paper's table: samples, updates (50,000 in the paper), and of each row the Inception score, FID, KID
 TABLES = {"demystifying": (100_000, 20_000, {
     "mmd-rqdot": "9.11, 4.206, .005", "mmd-rbf": "8.98, 8.264, .011", "mmd-dot": "8.86, 6.245, .006",
@@ -298,7 +297,7 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
 
     if row["decay"] and network:
         x, _ = network(images[:CODES])
-        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, network.key, row["decay"], *ADAPT)
+        state["adaptive"] = common.AdaptiveRate([opt_g, opt_f], x, row["decay"], *ADAPT)
     settings, last = dict(CONSTANTS, row=row, seed=seed, device=device.type,
                           images=common.fingerprint(images), features=network and network.key,
                           reference=reference and reference["key"]), {}
@@ -430,7 +429,7 @@ def figure_8(folder, result):
 
 
 def main(argv=None):
-    parser = common.flags(__doc__, METHODS, PAPERS, "gram", STEPS, "a LeNet, trained once")
+    parser = common.flags(__doc__, METHODS, "gram", STEPS, "a LeNet, trained once")
     parser.add_argument("--table", choices=TABLES, help="a paper's rows and numbers; finished runs are kept")
     parser.add_argument("--figure", choices=FIGURES, help="a paper's figure; finished runs are kept")
     args = parser.parse_args(argv)
@@ -463,7 +462,7 @@ def main(argv=None):
 
     finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
     if not finished:
-        raise RuntimeError("no run finished")
+        raise common.RunError("no run finished")
     common.save_figure(f"{out}-curves.png", common.curves_figure(finished, CURVES["all"]))
     if args.figure in CURVES:
         curves = common.curves_figure(finished, CURVES[args.figure])

@@ -66,7 +66,7 @@ DEFAULTS = dict(            # 0, False and "": without
     norms=False,            # batch norm in the generator, LayerNorm in the critic, as GAMN
     batch=200,              # of data and of samples; GRAM, appendix B.1
 )
-NAMES = dict(loss="gram gan mmd wasserstein".split(), form=["", *"sum mean clip swap flow".split()],
+NAMES = dict(loss="gram gan mmd wasserstein".split(), form=["", *common.FORMS],
              opt=["adam", "rmsprop"], weights=["", "l1", "l2", "l2-all"])
 
 # Numbers of GRAM's rows: appendix B.1 and B.3; 8 and 16 are Li et al.'s. WGAN's and WGAN-GP's numbers are in
@@ -94,7 +94,6 @@ METHODS = {
     "gamn-l2":     dict(GAMN, penalty=1e-3, weights="l2"),                      # eq. 8
     "gamn-l2-all": dict(GAMN, penalty=1e-3, weights="l2-all"),                  # footnote 3: "classical L2"
 }
-PAPERS = {"GRAM": "gram", "GAMN": "wgan"}           # first rows
 
 # Rows, seeds and updates, if no flag names others. GRAM's Figure 2 has ten outputs (appendix B.1) and 2,000
 # epochs of 60,000 points, by 200: 600,000 updates, for MMD-GAN twice as many. GAMN does not say how many.
@@ -577,7 +576,7 @@ def figure_5():
 
 
 def main(argv=None):
-    parser = common.flags(__doc__, METHODS, PAPERS, "gram", FIGURES["1"]["steps"], images="")
+    parser = common.flags(__doc__, METHODS, "gram", FIGURES["1"]["steps"], images="")
     parser.add_argument("--figure", default="1", choices=FIGURES,
                         help="of a paper (default 1); 2 and gamn have other defaults, and keep finished runs")
     parser.set_defaults(seeds=None)
@@ -606,7 +605,7 @@ def main(argv=None):
 
     finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
     if not finished:
-        raise RuntimeError("no run finished")
+        raise common.RunError("no run finished")
     if single:
         for run, result in finished:
             figure_1(run, result)

@@ -43,7 +43,7 @@ DEFAULTS = dict(
     beta=(0.5, 0.999),      # of Adam
     batch=200,              # of data and of samples
 )
-NAMES = dict(loss="gram gan mmdnet mmdgan".split(), form="sum mean clip swap flow".split(),
+NAMES = dict(loss="gram gan mmdnet mmdgan".split(), form=[*common.FORMS],
              opt=["adam", "rmsprop"])
 METHODS = {                 # appendix B.1
     "gram":   dict(loss="gram", form="sum"),                # eq. 9, the paper's
@@ -51,7 +51,6 @@ METHODS = {                 # appendix B.1
     "mmdnet": dict(loss="mmdnet", opt="rmsprop"),
     "mmdgan": dict(loss="mmdgan", lr=5e-5),
 }
-PAPERS = {"GRAM": "gram"}   # first row
 CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
 
 
@@ -181,7 +180,7 @@ def figure(run, result):
 
 
 def main(argv=None):
-    args = common.flags(__doc__, METHODS, PAPERS, "gram", STEPS, images="").parse_args(argv)
+    args = common.flags(__doc__, METHODS, "gram", STEPS, images="").parse_args(argv)
     rows = dict(common.find_row(name, METHODS, DEFAULTS, NAMES) for name in args.method or METHODS)
     steps, device = args.steps or STEPS, common.setup(args.device)
     torch.set_num_threads(1)            # the matrices are too small to share between cores
@@ -196,7 +195,7 @@ def main(argv=None):
 
     finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
     if not finished:
-        raise RuntimeError("no run finished")
+        raise common.RunError("no run finished")
     for run, result in finished:
         figure(run, result)
 

@@ -58,6 +58,16 @@ def export(path, kind="tuple"):
     return str(path)
 
 
+def narrow(nets):
+    """A description of networks with widths of 8 or so, for images of 32x32."""
+    small = dict(nets, z=8, **{key: (12, 8, 8) for key in ("g", "f") if key in nets})
+    small |= dict(width=4) if "width" in nets else dict(start=4) if "start" in nets else {}
+    if "mlp" in nets:
+        small["mlp"] = (12, 8) if "encoder" in nets else (12, nets["mlp"][-1])
+        small |= dict(encoder=(nets["encoder"][0], 12, 8)) if "encoder" in nets else {}
+    return small | (dict(pooled=(4, 4, 4)) if "pooled" in nets else {})
+
+
 def tensors(tree, path=()):
     """All tensors in nested dicts and lists, by their paths."""
     if torch.is_tensor(tree):
@@ -98,11 +108,15 @@ PLAIN = {"li": mixture(1, 4, 16, 64, 256), "rbf": mixture(4, 25, 100, 400, 1600,
 
 def by_hand(row, f, decoder, x, y, a, multiplier=0.0):
     """Losses of critic and generator of a row from plain formulas; a: where a slope is held."""
-    h_x, h_y = (f(x), f(y)) if f else (x.flatten(1), y.flatten(1))
     k, kind, n, off = PLAIN[row["kernel"]], row["loss"], len(x), 1 - torch.eye(len(x), dtype=x.dtype)
 
     def root(u, v):
         return (k(u, u).mean() + k(v, v).mean() - 2 * k(u, v).mean() + 1e-6).sqrt()
+
+    if row.get("nets") == "gmmn-ae":                # y are codes
+        x_hat = decoder(f(x))
+        return -(x * x_hat.log() + (1 - x) * (1 - x_hat).log()).mean(), root(f(x), y)
+    h_x, h_y = (f(x), f(y)) if f else (x.flatten(1), y.flatten(1))
 
     def slope(t, best):
         t = t.detach().requires_grad_()
@@ -138,15 +152,15 @@ def by_hand(row, f, decoder, x, y, a, multiplier=0.0):
             if isinstance(layer, (nn.LeakyReLU, nn.Linear)):
                 loss_f = loss_f + row["activation"] * t.square().mean()
     if row.get("weights"):
-        weights = [p for layer in f if row["weights"] == "l2-all" or isinstance(layer, nn.GroupNorm)
-                   for p in layer.parameters()]
+        chosen = nn.Module if row["weights"] == "l2-all" else (nn.GroupNorm, nn.LayerNorm)
+        weights = [p for layer in f if isinstance(layer, chosen) for p in layer.parameters()]
         loss_f = loss_f + row["penalty"] * sum((p.abs() ** (1 if row["weights"] == "l1" else 2)).sum()
                                                for p in weights)
     elif row.get("penalty"):
-        t = a[:, None, None, None] * x + (1 - a[:, None, None, None]) * y
+        t = a * x + (1 - a) * y
         witness = (lambda h: k(h, h_x).mean(1) - k(h, h_y).mean(1))
         G = slope(t, {"cramer": cramer, "mmd2": witness}.get(kind, torch.sum))
-        G = {"image": G.flatten(1), "columns": G.movedim(2, 1), "pixels": G}[row["slope"]]
+        G = {"columns": G.transpose(1, -2), "pixels": G}.get(row.get("slope"), G.flatten(1))
         loss_f = loss_f + row["penalty"] * (G.norm(dim=1) - 1).square().mean()
     return loss_f, loss_g
 
@@ -181,4 +195,4 @@ def plain_objective(form, x, y, ridge=0.1, sigma=SIGMA):
     r = r.clamp(min=0) if form == "clip" else r
     square = (r - 1).square().mean()
     return {"sum": square + 0.7 * r.sum(), "swap": square + 0.7 * r.sum(), "mean": square + 0.7 * r.mean(),
-            "clip": square, "flow": r.mean()}[form], r
+            "clip": square, "square": r.square().mean() - 1, "flow": r.mean()}[form], r

@@ -1,4 +1,4 @@
-"""The mathematics against independent oracles: double loops, closed forms, numpy, finite differences."""
+"""The mathematics against independent oracles: double loops, plain solves, closed forms, numpy."""
 import itertools
 from functools import partial
 
@@ -9,8 +9,6 @@ import torch
 import cifar
 import common
 from conftest import PLAIN, SIGMA, agree, plain_objective, says
-
-FORMS = ("sum", "mean", "clip", "swap", "flow")
 
 
 def sets(n=7, m=5, dim=3, shift=0.5, seed=0):
@@ -33,7 +31,6 @@ def loop_mmd2(k, x, y, unbiased):
 
 
 # ---- kernels and MMD --------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_mmd_under_each_kernel_is_a_double_loop(name):
@@ -95,37 +92,10 @@ def test_mmd_and_slope_of_the_witness_do_not_feel_the_origin(name):
 
 # ---- density ratios ---------------------------------------------------------------------------------------
 
-
-def test_condition_and_pearson():
+def test_condition():
     K = blocks(*sets())[2]
     cond = [np.linalg.cond(Q.numpy() + 0.01 * np.eye(5)) for Q in K]
     assert common.condition(K, 0.01) == pytest.approx(max(cond)) and max(cond) > 2 * min(cond)
-    assert common.pearson(torch.tensor([[3.0, 0.0], [1.0, 5.0]])).tolist() == [2.5, 8]
-
-
-def test_ratio_of_two_gaussians():
-    """p = N(0.3, 0.8^2), q = N(0, 1): n = 2,000, sigma 0.5, ridge 1: p / q within 0.1 in the mean over q."""
-    rng = torch.Generator().manual_seed(0)
-    x = 0.3 + 0.8 * torch.randn(2000, 1, generator=rng, dtype=torch.float64)
-    y = torch.randn(2000, 1, generator=rng, dtype=torch.float64)
-    _, K_xy, K_yy = blocks(x, y, SIGMA[:1])
-    r = common.density_ratio(K_yy, K_xy.mT, 1.0)
-    normal = torch.distributions.Normal
-    exact = (normal(0.3, 0.8).log_prob(y) - normal(0.0, 1.0).log_prob(y)).exp().squeeze(1)
-    assert float((r - exact).abs().mean()) < 0.1
-    assert float((exact - 1).abs().mean()) > 0.3         # so that a constant 1 would not pass
-
-
-def test_ratio_is_kulsif():
-    """r are the values at y of the minimiser of mean(w(y)^2) / 2 - mean(w(x)) + ridge / 2M |w|^2."""
-    x, y = sets(7, 5)
-    M, ridge = 5, 0.2
-    K_xx, K_xy, K_yy = (K[0] for K in blocks(x, y, SIGMA[:1]))
-    K = torch.cat([torch.cat([K_xx, K_xy], 1), torch.cat([K_xy.T, K_yy], 1)])       # w = sum of a_i k(., z_i)
-    quadratic = K[:, 7:] @ K[7:] / M + ridge / M * K
-    a = torch.linalg.lstsq(quadratic, K[:, :7].mean(1, keepdim=True), driver="gelsd").solution
-    r = common.density_ratio(K_yy[None], K_xy.T[None], ridge)
-    assert torch.allclose((K[7:] @ a).squeeze(1), r, rtol=1e-6)
 
 
 def test_ratio_is_nan_where_its_matrix_is_not_positive():
@@ -134,40 +104,24 @@ def test_ratio_is_nan_where_its_matrix_is_not_positive():
     assert r.isnan().tolist() == [[False] * 3, [True] * 3]
 
 
-def test_squared_ratio_has_its_bound():
-    """mean(r^2) <= M / (4 ridge), and one point whose kernel is the ridge reaches it."""
-    ridge = 1e-3
-    rng = torch.Generator().manual_seed(0)
-    spread = 10 ** (4 * torch.rand(2, 150, 1, 1, generator=rng) - 2)
-    _, K_xy, K_yy = blocks(*(spread * torch.randn(2, 150, 12, 3, generator=rng)).double(), SIGMA[1:2])
-    largest = float(common.density_ratio(K_yy, K_xy.mT, ridge).square().mean(-1).max())
-    assert 0.01 < largest / (12 / (4 * ridge)) < 1
-    one = torch.ones(1, 1, 1, dtype=torch.float64)
-    r = common.density_ratio(ridge * one, ridge ** 0.5 * one, ridge)
-    assert float(r) ** 2 == pytest.approx(1 / (4 * ridge))
-
-
 # ---- objectives -------------------------------------------------------------------------------------------
-
 
 def objective(form, x, y, ridge=0.1, sigma=SIGMA):
     return common.gram_objective(*blocks(x, y, sigma), form, ridge, 0.7)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", common.FORMS)
 def test_objectives_are_what_their_equations_say(form):
-    """Value, ratio and gradients, with ratios that clipping does and does not touch; finite differences."""
+    """Value, ratio and gradients, with ratios that clipping does and does not touch."""
     x, y = sets(6, 5, 2, shift=2.0)
     for i in (0, 1):
         agree(lambda x, y: objective(form, x, y)[i], lambda x, y: plain_objective(form, x, y)[i], x, y)
     assert form != "clip" or 0 < int((objective("sum", x, y)[1] < 0).sum()) < 5
-    x, y = x.requires_grad_(), y.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x, y: objective(form, x, y)[0], (x, y))
     with pytest.raises(ValueError, match="form 'eq9'"):
         objective("eq9", x, y)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", common.FORMS)
 @pytest.mark.parametrize("K", [1, 2, 10])
 def test_objectives_of_many_near_points(form, K):
     """Also in float32 value, ratio and gradient are near: of near points A has the condition 1e5."""
@@ -179,64 +133,26 @@ def test_objectives_of_many_near_points(form, K):
                   lambda x, y: plain_objective(x=x, y=y, **own)[i], x, y, near=1e-6, near_32=5e-3)
 
 
-def test_gan_losses():
-    d_x, d_y = torch.tensor([[0.3], [-2.0]]), torch.tensor([[1.5], [0.2], [-0.7]])
-    agree(common.gan_critic, lambda d_x, d_y: -(1 / (1 + (-d_x).exp())).log().mean()
-          - (1 - 1 / (1 + (-d_y).exp())).log().mean(), d_x, d_y)
-    agree(common.gan_generator, lambda d_y: -(1 / (1 + (-d_y).exp())).log().mean(), d_y)
+def test_the_loss_of_a_sure_discriminator_is_finite():
     assert torch.isfinite(common.gan_critic(torch.tensor([[-500.0]]), torch.tensor([[500.0]])))
 
 
 # ---- distances between features ---------------------------------------------------------------------------
 
-
-def features_with(mean, covariance, n=500, seed=0):
-    """n features whose sample mean and covariance are exactly these."""
-    z = torch.randn(n, len(mean), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    z = z - z.mean(0)
-    z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T @ z / (n - 1))).T
-    return z @ torch.linalg.cholesky(covariance).T + mean
-
-
 def distance(a, b):
     return common.frechet_distance(common.gaussian_fit(a), common.gaussian_fit(b))
 
 
-def test_frechet_distance_closed_forms():
-    a, b = torch.tensor([[1.0, 4.0, 9.0], [4.0, 4.0, 0.25]], dtype=torch.float64)
-    m = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    found = distance(features_with(m, a.diag()), features_with(0 * m, b.diag(), 400, seed=1))
-    assert found == pytest.approx(float(m.square().sum() + (a.sqrt() - b.sqrt()).square().sum()), rel=1e-9)
-    # covariances that do not commute: the trace of a 2x2 root is sqrt(tr + 2 sqrt(det))
-    S = torch.tensor([[2.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
-    T = torch.tensor([[1.0, -0.5], [-0.5, 3.0]], dtype=torch.float64)
-    product, zero = S @ T, torch.zeros(2, dtype=torch.float64)
-    root = float((product.trace() + 2 * product.det().sqrt()).sqrt())
-    assert distance(features_with(zero, S), features_with(zero, T, seed=1)) == pytest.approx(
-        float(S.trace() + T.trace()) - 2 * root, rel=1e-9)
-
-
-@pytest.mark.parametrize("n", [12, 300])
-def test_frechet_distance_with_fewer_and_more_samples_than_dimensions(n):
+@pytest.mark.parametrize("n, m, rank, near", [(300, 303, 40, 1e-11), (12, 300, 3, 1e-11), (12, 15, 40, 1e-6)])
+def test_frechet_distance(n, m, rank, near):
+    """Of n points in a subspace to m in 40 dimensions, by eigenvalues; of zeros these are only near."""
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(n, 40)), rng.normal(size=(n + 3, 40)) * 1.5 + 0.2
-    S, T = np.cov(a.T), np.cov(b.T)
-    root = np.sqrt(np.maximum(np.linalg.eigvals(S @ T).real, 0)).sum()
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(S) + np.trace(T) - 2 * root
-    found = distance(torch.tensor(a), torch.tensor(b))
-    assert found == pytest.approx(expected, abs=1e-6 * np.trace(S))
-
-
-def test_frechet_distance_below_full_rank_loses_no_digits():
-    """Twelve features in a 3-dimensional subspace against 300 in all 40: a 3 x 3 root tells the trace."""
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(12, 3)), rng.normal(size=(300, 40)) * np.linspace(0.5, 2, 40)
-    plane = np.linalg.qr(rng.normal(size=(40, 3)))[0].T
+    a, b = rng.normal(size=(n, rank)), rng.normal(size=(m, 40)) * np.linspace(0.5, 2, 40) + 0.2
+    plane = np.linalg.qr(rng.normal(size=(40, rank)))[0].T
     C, T = np.cov(a.T), np.cov(b.T)
-    root = np.sqrt(np.linalg.eigvals(C @ (plane @ T @ plane.T)).real).sum()
+    root = np.sqrt(np.maximum(np.linalg.eigvals(C @ (plane @ T @ plane.T)).real, 0)).sum()
     expected = ((a.mean(0) @ plane - b.mean(0)) ** 2).sum() + np.trace(C) + np.trace(T) - 2 * root
-    found = distance(torch.tensor(a @ plane), torch.tensor(b))
-    assert found == pytest.approx(expected, rel=1e-11)
+    assert distance(torch.tensor(a @ plane), torch.tensor(b)) == pytest.approx(expected, rel=near)
 
 
 def test_frechet_distance_of_a_set_with_itself():
@@ -263,6 +179,8 @@ def test_two_sample_test_is_mmd2_and_its_permutations():
     for pair in ((x, y), (x.tolist(), torch.from_numpy(y))):
         value, p = common.two_sample_test(*pair, permutations=4_000)
         assert value == pytest.approx(squared((0, 1, 2))) and p == pytest.approx(exact, abs=0.02)
+    line = np.arange(40)[:, None]
+    assert common.two_sample_test(line, line + 99, permutations=99)[1] == 0.01          # never 0
     given = common.two_sample_test(x, y, lambda a, b: common.gaussian(a, b, torch.tensor([0.3])), 50)
     assert given[0] != value and common.two_sample_test(x, x, permutations=50)[1] > 0.5
     for wrong in ([[1.0]], [1.0, 2.0], [[1.0, 2.0], [3.0, 4.0]]):
@@ -281,21 +199,14 @@ def test_two_sample_test_is_mmd2_and_its_permutations():
         common.two_sample_test(x, y, lambda a, b: torch.nan * common.dot(a, b))
 
 
-def test_two_sample_test_has_its_level_and_power():
-    rng = np.random.default_rng(0)
-    p = {shift: [common.two_sample_test(rng.normal(size=(40, 2)), rng.normal(size=(30, 2)) + shift,
-                                        permutations=99, seed=i)[1] for i in range(200)] for shift in (0, 1)}
-    assert 0.02 < np.mean(np.array(p[0]) <= 0.05) < 0.09 and np.mean(np.array(p[1]) <= 0.05) > 0.95
-    assert min(p[1]) == 0.01 and max(p[0]) <= 1
-
-
 def test_ratio_at_new_points():
     """The minimiser of density_ratio's problem over the span of all kernels, solved as a linear system."""
     rng, ridge = np.random.default_rng(0), 0.3
     x, y, t = rng.normal(size=(8, 2)), rng.normal(size=(6, 2)) + 0.5, rng.normal(size=(5, 2))
     both, wanted = np.concatenate([x, y]), []
     for sigma in (0.7, 1.5):
-        K_x, K_y, K_t, K = (np.exp(-((a[:, None] - both) ** 2).sum(-1) / 2 / sigma ** 2) for a in (x, y, t, both))
+        K_x, K_y, K_t, K = (np.exp(-((a[:, None] - both) ** 2).sum(-1) / 2 / sigma ** 2)
+                            for a in (x, y, t, both))
         c = np.linalg.lstsq(K_y.T @ K_y / 6 + ridge / 6 * K, K_x.mean(0), rcond=None)[0]
         wanted.append(K_t @ c)
     found = common.ratio_at(t.tolist(), x, torch.from_numpy(y), (0.7, 1.5), ridge)
@@ -304,12 +215,12 @@ def test_ratio_at_new_points():
     t = np.linspace(-0.5, 2, 6)[:, None]
     assert np.allclose(common.ratio_at(t, x, y, 1, 1), np.exp(0.5 - t[:, 0]), rtol=0.2)
     x, y = x[:200], y[:200]
-    assert torch.allclose(common.ratio_at(t + 1e8, x + 1e8, y + 1e8, 1, 1), common.ratio_at(t, x, y, 1, 1), atol=1e-4)
-    far = np.concatenate([t, [[1e12]]])
-    assert torch.equal(common.ratio_at(far, x, y, 1, 1)[:6], common.ratio_at(t, x, y, 1, 1))
-    assert torch.allclose(common.ratio_at(t, x, np.concatenate([y, [[1e12]]]), 1, 1),
-                          common.ratio_at(t, x, y, 1, 1), rtol=1e-2)
-    for wrong in (dict(ridge=0), dict(ridge=np.inf), dict(sigma=[1, 0]), dict(sigma=[]), dict(x=[1.0, 2.0]), dict(points=np.ones((2, 3)))):
+    near, far = common.ratio_at(t, x, y, 1, 1), [[1e12]]
+    assert torch.allclose(common.ratio_at(t + 1e8, x + 1e8, y + 1e8, 1, 1), near, atol=1e-4)
+    assert torch.equal(common.ratio_at(np.concatenate([t, far]), x, y, 1, 1)[:6], near)
+    assert torch.allclose(common.ratio_at(t, x, np.concatenate([y, far]), 1, 1), near, rtol=1e-2)
+    for wrong in (dict(ridge=0), dict(ridge=np.inf), dict(sigma=[1, 0]), dict(sigma=[]), dict(x=[1.0, 2.0]),
+                  dict(points=np.ones((2, 3)))):
         with says("expected"):
             common.ratio_at(**dict(points=t, x=x[:9], y=y[:9], sigma=1, ridge=1) | wrong)
     at_y = common.ratio_at(y[:50], x[:50], y[:50], 1, 0.1)

@@ -1,6 +1,7 @@
 """Rows of METHODS against the papers' constants, typed out; names of rows with +KEY=VALUE."""
 import importlib
 import os
+import re
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from conftest import says
 SCRIPTS = {key: importlib.import_module(key) for key in "cifar mnist celeba imagenet ring2d ring3d".split()}
 
 # name, networks, loss, kernel, outputs and steps of the critic, optimizer, rate, betas, - for what a row has
-# no use for; what is not named is off or in OTHERS; sigma=gamn: .05,.1,.2,.5,1,2
+# no use for; what is not named is off or in OTHERS; sigma=gamn: .05,.1,.2,.5,1,2; as-cifar: rows that are
+# cifar's but for these networks
 ROWS = """
 # cifar
 gram          gram    gram        li       128 0 adam    4e-4 .5,.999 form=swap ridge=1
@@ -57,48 +59,27 @@ sn-wgan-gp    sngan   wasserstein -        1   5 adam    1e-4 .5,.9   penalty=10
 sn-mmd-gp-l2  sngan   mmd2        unit 1 5 adam 1e-4 .5,.9 penalty=1 activation=1 decay=.8 spectral=learned
 sn-mmd-l2     sngan   mmd2        unit     1   5 adam    1e-4 .5,.9   activation=1 spectral=fixed decay=.8
 # mnist
+as-cifar mmd-rqdot=dcgan16 mmd-rbf=dcgan16 mmd-dot=dcgan16 mmd-dist=dcgan16 cramer=dcgan16 gmmn=gmmn
+as-cifar gmmn-ae=gmmn-ae smmd=dcgan sn-smmd=dcgan
 gram      gram    gram        li       100 0 adam    1e-3 .5,.999 form=sum ridge=1e-3 batch=200
 gram-clip gram    gram        li       100 0 adam    1e-3 .5,.999 form=clip ridge=1e-3 batch=200
 gram-swap gram    gram        li       100 0 adam    1e-3 .5,.999 form=swap ridge=1 batch=200
-mmd-rqdot dcgan16 mmd2        rqdot    16  5 adam    1e-4 .5,.9   penalty=1 activation=1 decay=.5
-mmd-rbf   dcgan16 mmd2        rbf      16  5 adam    1e-4 .5,.9   penalty=1 decay=.5
-mmd-dot   dcgan16 mmd2        dot      16  5 adam    1e-4 .5,.9   penalty=1 decay=.5
-mmd-dist  dcgan16 mmd2        distance 256 5 adam    1e-4 .5,.9   penalty=10 activation=1e-4 decay=.5
-cramer    dcgan16 cramer      distance 256 5 adam    1e-4 .5,.9   penalty=10 decay=.5
 wgan-gp+nets=dcgan16+decay=.5+batch=64 dcgan16 wasserstein - 1 5 adam 1e-4 .5,.9 penalty=10 decay=.5
-gmmn      gmmn    mmd         gmmn     0   0 adam    1e-3 .5,.999 batch=1000
-gmmn-ae   gmmn-ae mmd         unit     0   0 adam    1e-3 .5,.999 batch=1000
 gamn      gamn    mmd         gmmn     10  5 adam    1e-4 .5,.9   penalty=10 batch=50
 wgan      wgan    wasserstein -        1   5 rmsprop 5e-5 -       clip=1 batch=50
 wgan-gp   wgan-gp wasserstein -        1   5 adam    1e-4 .5,.9   penalty=10 batch=50
 gan       wgan    gan         -        1   1 adam    2e-4 .5,.999 batch=50
-smmd      dcgan   smmd        unit     1   5 adam    1e-4 .5,.9   scale=10 decay=.8
-sn-smmd   dcgan   smmd        unit     1   5 adam    1e-4 .5,.9   spectral=learned scale=10 decay=.8
 gcmmd     dcgan   gcmmd       -        1   5 adam    1e-4 .5,.9   lam=1 decay=.8
 sn-gcmmd  dcgan   gcmmd       -        1   5 adam    1e-4 .5,.9   spectral=learned lam=1 decay=.8
 # celeba160
-mmd-rqdot    resnet  mmd2        rqdot    16  5 adam    1e-4 .5,.9   penalty=1 activation=1 decay=.5
-cramer       resnet  cramer      distance 256 5 adam    1e-4 .5,.9   penalty=10 decay=.5
-wgan-gp      resnet  wasserstein -        1   5 adam    1e-4 .5,.9   penalty=10 decay=.5
+as-cifar mmd-rqdot=resnet cramer=resnet wgan-gp=resnet sn-smmd=scaled swgan=scaled sn-swgan=scaled
+as-cifar sn-gan=scaled sobolev=scaled
 smmd         scaled  smmd        unit     1   5 adam    1e-4 .5,.9   scale=.1 decay=.8
-sn-smmd      scaled  smmd        unit     1   5 adam    1e-4 .5,.9   spectral=learned scale=10 decay=.8
-swgan        scaled  swgan       -        1   5 adam    1e-4 .5,.9   scale=10 decay=.8
-sn-swgan     scaled  swgan       -        1   5 adam    1e-4 .5,.9   spectral=learned scale=10 decay=.8
-sn-gan       scaled  gan         -        1   5 adam    1e-4 .5,.9   spectral=fixed decay=.8
-sobolev      scaled  sobolev     -        1   5 adam    1e-4 .5,.9   rho=1e-6 decay=.8
 # celeba64
-gram         gram    gram        li       128 0 adam    4e-4 .5,.999 form=swap ridge=1
-gan          gram    gan         -        1   1 adam    2e-4 .5,.999 lr_g=4e-4
-mmdgan       gram    mmd         li       128 5 rmsprop 5e-5 -       autoencoder=8 feasible=16 clip=1 burst=1
+as-cifar gram=gram gan=gram mmdgan=gram
 mmdgan-conv  li      mmd         li       64  5 rmsprop 5e-5 -       autoencoder=8 feasible=16 clip=1 burst=1
 # lsun
-mmd-rqdot    dcgan   mmd2        rqdot    16  5 adam    1e-4 .5,.9   penalty=1 activation=1 decay=.5
-mmd-dist     dcgan   mmd2        distance 256 5 adam    1e-4 .5,.9   penalty=10 activation=1e-4 decay=.5
-cramer       dcgan   cramer      distance 256 5 adam    1e-4 .5,.9   penalty=10 decay=.5
-wgan-gp      dcgan   wasserstein -        1   5 adam    1e-4 .5,.9   penalty=10 decay=.5
-gamn         gamn    mmd         gmmn     10  5 adam    1e-4 .5,.9   penalty=10
-gamn-wgan-gp wgan-gp wasserstein -        1   5 adam    1e-4 .5,.9   penalty=10
-wgan         wgan    wasserstein -        1   5 rmsprop 5e-5 -       clip=1
+as-cifar mmd-rqdot=dcgan mmd-dist=dcgan cramer=dcgan wgan-gp=dcgan gamn=gamn gamn-wgan-gp=wgan-gp wgan=wgan
 # imagenet
 sn-smmd scaled smmd unit 1   5 adam 2e-4 .5,.9   spectral=learned scale=10 decay=.8
 smmd    scaled smmd unit 1   5 adam 2e-4 .5,.9   scale=10 decay=.8
@@ -149,14 +130,25 @@ def typed(text):
         return text
 
 
-@pytest.mark.parametrize("section", ROWS.split("# ")[1:], ids=lambda text: text.split()[0])
-def test_constants_of_the_papers(section):
-    title, *lines = section.strip().splitlines()
+def rows_of(title):
+    """The columns of a section's rows by their names."""
+    [lines] = [lines for own, *lines in map(str.splitlines, ROWS.split("# ")) if own == title]
+    rows = {name: columns for name, *columns in map(str.split, lines)}
+    for pair in " ".join(line[9:] for line in lines if line.startswith("as-cifar")).split():
+        name, nets = pair.split("=")
+        rows[name] = [nets, *rows_of("cifar")[name][1:]]
+    rows.pop("as-cifar", None)
+    return rows
+
+
+@pytest.mark.parametrize("title", re.findall("# (.*)", ROWS))
+def test_constants_of_the_papers(title):
     script = SCRIPTS.get(title, SCRIPTS["celeba"])             # with a table for each of its sets
     methods = script.METHODS if title in SCRIPTS else script.METHODS[title]
     others = OTHERS | (dict(batch="200", std=".2") if "ring" in title else {})
-    assert {line.split()[0] for line in lines if "+" not in line.split()[0]} == methods.keys()
-    for name, *columns in map(str.split, lines):
+    rows = rows_of(title)
+    assert {name for name in rows if "+" not in name} == methods.keys()
+    for name, columns in rows.items():
         name, row = common.find_row(name, methods, script.DEFAULTS, script.NAMES)
         wanted = others | dict(zip("nets loss kernel critic critic_steps opt lr beta".split(), columns))
         wanted |= dict(pair.replace("=gamn", "=.05,.1,.2,.5,1,2").split("=") for pair in columns[8:])
@@ -169,7 +161,6 @@ def test_constants_of_the_papers(section):
 
 
 # ---- NAME+KEY=VALUE ---------------------------------------------------------------------------------------
-
 
 def found(text):
     return SCRIPTS["cifar"].row_of(text)
@@ -188,14 +179,14 @@ def test_names_with_keys_are_canonical():
     for text, *rates in (("gan", 2e-4, 4e-4), ("gan+lr=1e-3", 1e-3, 0), ("gan+lr=1e-3+lr_g=1", 1e-3, 1)):
         name, row = found(text)
         assert [row["lr"], row["lr_g"]] == rates and found(name) == (name, row)
-    for text in ("mmdnet+lr=1.0000001e-03", "gan+batch=1234567"):
-        assert found(text)[0] == text.replace("1.0000001e-03", "0.0010000001") and found(found(text)[0]) == found(text)
+    for text, name in (("mmdnet+lr=1.0000001e-03", "mmdnet+lr=0.0010000001"), 2 * ("gan+batch=1234567",)):
+        assert found(text)[0] == name and found(name) == found(text)
     assert [found(name)[0] for name in SCRIPTS["cifar"].PAPER] == list(SCRIPTS["cifar"].PAPER)
 
 
 def test_the_generator_in_results():
-    cifar, cpu = SCRIPTS["cifar"], torch.device("cpu")
-    y = cifar.sample(*cifar.load_generator(f"{os.path.dirname(cifar.__file__)}/results/gram-cifar10.pt", cpu), 3)
+    cifar, path = SCRIPTS["cifar"], f"{os.path.dirname(common.__file__)}/results/gram-cifar10.pt"
+    y = cifar.sample(*cifar.load_generator(path, torch.device("cpu")), 3)
     assert y.shape == (3, 3, 32, 32) and y.float().std() > 30
 
 
@@ -204,8 +195,8 @@ def test_the_generator_in_results():
     ("gram+nets=weeak", ["'weeak'", "did you mean weak?", "dcgan16"]), ("gram+critic=1.5", ["'1.5'", "int"]),
     ("gram+mirror=yes", ["'yes' for mirror", "bool, as 1"]), ("gram+lr=fast", ["'fast' for lr", "as 0.0001"]),
     ("gan+beta=0.5;0.9", ["'0.5;0.9' for beta", "tuple, as 0.5,0.999"]), ("gram+", ["''", "ridge"]),
-    ("+critic=8", ["''", "mmdgan"]), ("gram+critic", ["'' for critic", "int"]), ("gram+lr=nan", ["'nan' for lr"]),
-    ("gan+lr=1e400", ["'1e400' for lr"]), ("gan+beta=0.5,1", ["'0.5,1' for beta"]), ("zzz", ["expected gram"])])
+    ("+critic=8", ["''", "mmdgan"]), ("gram+critic", ["'' for critic", "int"]), ("zzz", ["expected gram"]),
+    ("gram+lr=nan", ["'nan' for lr"]), ("gan+lr=1e400", ["'1e400'"]), ("gan+beta=0.5,1", ["'0.5,1'"])])
 def test_rows_that_are_not_there(text, parts):
     with says(f"--method {text}", *parts):
         found(text)
