@@ -194,6 +194,8 @@ FIGURES = {
     "singular": dict(method=["smmd", "sn-smmd"], steps=20_000),                 # Scaled MMD, Figures 2b and 7
     "gamn": dict(method=["gamn"], every=2_000),                                 # GAMN, Figure 5
     "neighbours": dict(method=["gram"]),                                        # GRAM, Figure 4
+    "samples": dict(method=["wgan", "gamn-wgan-gp", "gmmn", "gmmn-ae", "gamn"]),    # GAMN, Figure 3; Scaled
+                                                    # MMD's 6 and Demystifying's 13 with the rows of --method
     "bias": dict(method=[]),                        # Demystifying MMD GANs, Figure 1 and appendix D.2
     "noise": dict(method=[]),                       # its appendix E, with digits where it has ImageNet
 }
@@ -719,6 +721,10 @@ def main(argv=None):
     print(common.log_head(COLUMNS + READINGS, steps, device, samples, network, reference))
     results = common.interleave({run.folder: train(*run, steps, device, images, network, reference, samples,
                                                    chosen["every"]) for run in runs}, common.command(argv))
+    if args.table == "gamn":            # its Table 2 has the best score during training
+        for folder, result in results.items():
+            seen = common.read_log(folder)["isc"] if "isc" in result else [math.nan]
+            result |= dict(isc_best=float(np.nanmax(seen))) if np.isfinite(seen).any() else {}
     print(f"\n{common.score_table(runs, results, PAPER)}\n")
 
     finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
@@ -729,10 +735,11 @@ def main(argv=None):
         common.save_figure(picture, common.curves_figure(finished, CURVES[args.figure]))
     if args.figure in SWEEPS:
         common.save_figure(picture, sweep_figure(finished, SWEEPS[args.figure]))
-    if args.figure == "singular":
-        common.save_figure(picture, common.singular_figure(finished))
+    if args.figure in ("singular", "samples"):
+        draw_figure = dict(singular=common.singular_figure, samples=common.samples_figure)[args.figure]
+        common.save_figure(picture, draw_figure(finished))
     if args.figure == "neighbours":
-        shown = common.read_images(f"{finished[0][0].folder}/samples.npy")[:10]
+        shown = common.read_images(f"{finished[0][0].folder}/samples.npy")[:20]
         common.save_figure(picture, neighbours_figure(shown, images, network))
 
 

@@ -34,6 +34,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from collections import namedtuple
@@ -589,14 +590,14 @@ def frechet_distance(a, b):
     return float((m_a - m_b).square().sum() + F_a.square().sum() + F_b.square().sum() - 2 * overlap)
 
 
-def bootstrap_frechet_distance(x, fit, resamplings=10):
-    """Mean and std of frechet_distance() of as many features drawn with replacement from x [N, D] to fit.
+def bootstrap(x, statistic, resamplings=10):
+    """Mean and std of statistic() of as many points as x [N, D] has, drawn from it with replacement.
 
-    The protocol of Binkowski et al. 2018, section 5, biased upward: of N draws 63 % differ.
+    The protocol of Binkowski et al. 2018, section 5; of N draws 63 % differ, so that distances are too large.
     """
     rng = torch.Generator().manual_seed(0)
     draws = (take(x, torch.randint(len(x), (len(x),), generator=rng)) for _ in range(resamplings))
-    values = [frechet_distance(gaussian_fit(draw), fit) for draw in draws]
+    values = [statistic(draw) for draw in draws]
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -1431,12 +1432,13 @@ def load_reference(path, network, side=None):
     return dict(found, name=f"{os.path.basename(stem)}, {len(found['features']):,} images")
 
 
-def scores(network, images, reference, bootstrap=0, resamplings=10):
+def scores(network, images, reference, enough=0, resamplings=10):
     """Scores of uint8 images [N, C, H, W] by Features against load_reference's images, as a dict.
 
     fd: Frechet distance, FID if the network is FID's; kid, kid_std; isc, isc_std: Inception score, where the
     network has logits; features: the network's name; samples: N; reference: the name of the others. Of
-    bootstrap images or more, if not 0: fd_bootstrap, fd_bootstrap_std, of the first so many. Raises RunError.
+    `enough` images or more, if not 0, by bootstrap() of the first so many: fd_bootstrap, fd_bootstrap_std,
+    isc_bootstrap, isc_bootstrap_std. Raises RunError.
     """
     found, logits = network(images)
     fit, kept = (reference["mean"], reference["root"]), dict(features=network.name, samples=len(found))
@@ -1444,9 +1446,12 @@ def scores(network, images, reference, bootstrap=0, resamplings=10):
     kept["kid"], kept["kid_std"] = kid(found, reference["features"])
     if logits is not None:
         kept["isc"], kept["isc_std"] = inception_score(logits)
-    if 0 < bootstrap <= len(found):
-        found = bootstrap_frechet_distance(found[:bootstrap], fit, resamplings)
-        kept["fd_bootstrap"], kept["fd_bootstrap_std"] = found
+    if 0 < enough <= len(found):
+        for key, x, statistic in (("fd", found, lambda x: frechet_distance(gaussian_fit(x), fit)),
+                                  ("isc", logits, lambda x: inception_score(x, 1)[0])):
+            if x is not None:
+                values = bootstrap(x[:enough], statistic, resamplings)
+                kept[f"{key}_bootstrap"], kept[f"{key}_bootstrap_std"] = values
     return kept
 
 
@@ -2012,7 +2017,8 @@ def flags(doc, methods, method, steps, images):
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.epilog = f"NAMEs, each with +KEY=VALUE of the script's DEFAULTS if need be: {' '.join(methods)}"
+    names = textwrap.wrap(" ".join(methods), 100, break_on_hyphens=False)
+    parser.epilog = "\n  ".join(["NAMEs, each with +KEY=VALUE of the script's DEFAULTS if need be:", *names])
     add, path = parser.add_argument, os.path.expanduser         # a shell leaves ~ in --out=~/DIR
     add("--method", nargs="+", metavar="NAME", help=f"rows to train side by side (default {method})")
     add("--seeds", type=seeds, default=range(1), metavar="N", help="3: 0, 1, 2; 5:8: 5, 6, 7 (default 1)")
@@ -2188,6 +2194,7 @@ def score_table(runs, results, paper):
         what = f"{scored['samples']:,} samples, {scored['features']}, against {scored['reference']}"
     shown = dict(fd=("FID" if fid else "Fréchet distance", 1), fd_bootstrap=("bootstrap, biased upward", 1),
                  kid=("KID", 4), isc=("Inception score" if fid else "logit score (not IS)", 2),
+                 isc_bootstrap=("its bootstrap", 2), isc_best=("its best in training", 2),
                  milliseconds=("ms an update alone", 2))
     for name in dict.fromkeys(run.name for run in runs):
         own = {run.seed: results[run.folder] for run in runs if run.name == name}
@@ -2265,6 +2272,20 @@ def curves_figure(finished, panels):
         axes.set_xlabel(over, fontsize=8)
         axes.tick_params(labelsize=7, which="both")
     figure.legend(labels.values(), labels, loc="outside lower center", fontsize=8, ncols=3 * columns)
+    return figure
+
+
+def samples_figure(finished):
+    """64 samples of each run under its name; finished: as in curves_figure."""
+    columns = min(len(finished), 4)
+    rows = math.ceil(len(finished) / columns)
+    figure = Figure(figsize=(3 * columns, 3.2 * rows), layout="constrained")
+    for place, (run, _) in enumerate(finished, 1):
+        grid = torchvision.utils.make_grid(read_images(f"{run.folder}/samples.npy")[:64], 8, padding=1)
+        axes = figure.add_subplot(rows, columns, place)
+        axes.imshow(grid.permute(1, 2, 0).numpy())
+        axes.set_title(f"{run.name}, seed {run.seed}", fontsize=9)
+        axes.axis("off")
     return figure
 
 

@@ -22,6 +22,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import common
 
@@ -40,7 +41,15 @@ AVERAGE, AVERAGE_EVERY = 1_000, 10  # Table 1's MMD: a mean over the last so man
 AVERAGE_POINTS = 1_000              # ours: between so many fresh samples and as many fresh data
 SCALED_LAMBDA = 0.1                 # Figure 1 of Scaled MMD, as its section 4; 1 in its Figure 5
 DIRAC_STEPS, DIRAC_RATE = 4_000, 0.05               # of gradient descent and ascent at once
+DIRAC_BETWEEN = (torch.arange(32, dtype=torch.float64) + 0.5) / 32      # where a penalty of weight 1 holds
 GRID_5 = (31, 25, 25)               # of mu, of sigma and of psi, Figure 5 of Scaled MMD
+# Figure "ratio": dimensions of its Gaussians, outputs of critics, when they are looked at and on how many
+# points, their neighbours of which a fit has so many, sizes and ridges of estimates by kernel mean matching
+RATIO_DIMS, RATIO_K, RATIO_CRITICS = (2, 5, 20), (1, 2, 4, 8), {"MLP": HIDDEN, "linear": ()}
+RATIO_BATCH, RATIO_LR = 100, 1e-3
+RATIO_AT = (0, 10, 30, 100, 300)
+RATIO_POINTS, NEAREST = 2_000, 60
+RATIO_N, RATIO_RIDGES = (50, 100, 200, 400, 800), (1e-4, 1e-2, 1.0)
 LOG_EVERY = 1_000                   # rows in the terminal
 TRACE_EVERY = 10                    # rows in log.csv after the 100th update, one for each before, Figure 1b
 SAVE_EVERY = 5_000                  # a multiple of TRACE_EVERY: what is saved has been seen to be finite
@@ -97,11 +106,16 @@ METHODS = {
 
 # Rows, seeds and updates, if no flag names others. GRAM's Figure 2 has ten outputs (appendix B.1) and 2,000
 # epochs of 60,000 points, by 200: 600,000 updates, for MMD-GAN twice as many. GAMN does not say how many.
+NONE = dict(method=[], seeds=0, steps=0)
 FIGURES = {
     "1":         dict(method=["gram"], seeds=1, steps=10_000),
     "2":         dict(method=["gan", "gram+critic=10", "mmdnet", "mmdgan+critic=10"], seeds=3, steps=60_000),
     "gamn":      dict(method=["wgan", "wgan-gp", "gmmn", "gamn", "gamn-mmd"], seeds=3, steps=5_000),
-    "dirac": {}, "gaussians": {},
+    "k":         dict(method=[f"{name}+critic={K}" for name in ("gram", "mmdgan") for K in (2, 4, 8, 16)],
+                      seeds=3, steps=4_000),
+    "ratio":     dict(method=["gram", "gram-swap", "gram-mean", "gram-flow", "gram-clip", "gram+form=square",
+                              "mmdgan", "gan"], seeds=1, steps=500),
+    "dirac": NONE, "gaussians": NONE,
 }
 GAMN_PAPER = {"wgan": (0.300, 0.312, 0.305), "wgan-gp": (0.285, 0.294, 0.298),     # Table 1
               "gmmn": (0.281, 0.291, 0.289), "gamn": (0.276, 0.284, 0.286)}
@@ -422,6 +436,21 @@ def figure_2(finished):
             f"{common.table(head, counts)}\n\n{common.table(columns, rows)}")
 
 
+def figure_k(finished, path):
+    """The critic's outputs, GRAM's appendix B.3, of pairs of a Run and its result: a picture, a table."""
+    panels, rows = [], []
+    for run, result in finished:
+        members, p = result["members"], np.load(f"{run.folder}/points-{result['updates']}.npz")
+        panels.append((p["x"][0], p["y"][0], f"{run.name}: {members[0]['modes']} modes"))
+        rows.append([run.name, " ".join(str(m["modes"]) for m in members),
+                     " ".join(f"{m['share']:.2f}" for m in members),
+                     f"{sum(m['diverged'] for m in members)} of {len(members)}"])
+    common.save_figure(path, scatter_figure(panels, len(panels) // 2 or 1, f"{result['updates']:,} updates, "
+                                            f"seed {members[0]['seed']}"))
+    return f"{result['updates']:,} updates, a value a seed\n\n" + common.table(
+        ["method", "modes", "share within 3 std of a mode", "diverged"], rows)
+
+
 def figure_gamn(finished, path):
     """Figure 1 and Table 1 of GAMN, of pairs of a Run and its result: a picture at path, a table as text."""
     panels, rows, floor, rng = [], [], ["two samples of the data"], torch.Generator().manual_seed(0)
@@ -450,24 +479,145 @@ def figure_gamn(finished, path):
             f"mean ± std over seeds\n\n{common.table(head, [*rows, [*floor, '-']])}")
 
 
+def ratio_pairs():
+    """Pairs p, q of known densities with a finite E_q r^2: {name: two of torch.distributions}."""
+    def normal(mean, std):
+        return Independent(Normal(mean, std), 1)
+
+    pairs = {}
+    for dim in RATIO_DIMS:              # p is shifted along one axis, and narrower along the next three
+        mean, std = torch.zeros(dim), torch.ones(dim)
+        mean[0], std[1:4] = 0.8, torch.tensor([0.6, 0.8, 0.8])[:dim - 1]
+        pairs[f"Gaussians in {dim} dimensions"] = normal(mean, std), normal(torch.zeros(dim), torch.ones(dim))
+    centres, std = mixture("ring")
+    modes = normal(torch.cat([centres, torch.zeros(1, 2)]),
+                   torch.tensor([std] * MODES + [RADIUS])[:, None].expand(-1, 2))
+    pairs["ring; q: half ring, half Gaussian"] = [
+        MixtureSameFamily(Categorical(torch.tensor([1.0] * MODES + [broad])), modes) for broad in (0, MODES)]
+    return pairs
+
+
+def explained(h, r):
+    """r_f = E_q[r | h] and the share of r's variance that it has: [N] and a number.
+
+    r [N]: density ratios p / q at points of q; h [N, K]: a critic's features of these. E_q[r | f(x)] is the
+    ratio of the laws of f(x), so E_q (r - r_f)^2 = Var r - Var r_f, and the share is the Pearson divergence
+    in f's space over that of x. By a linear fit to each point's NEAREST others, whose weights' squares add to
+    the residual.
+    """
+    h = (h - h.mean(0)) / h.std(0).clamp(min=1e-12)
+    d, near = torch.cdist(h, h).fill_diagonal_(math.inf).topk(NEAREST, largest=False)
+    X = nn.functional.pad(h[near] - h[:, None], (1, 0), value=1.0)                  # [N, NEAREST, 1 + K]
+    closer = (1 - (d / d[:, -1:].clamp(min=1e-12)).square()).clamp(min=1e-3)
+    XW = (X * closer[..., None]).mT
+    weights = torch.linalg.solve(XW @ X + 1e-6 * torch.eye(X.shape[-1], dtype=h.dtype), XW)[:, 0]
+    r_f = (weights * r[near]).sum(1)
+    return r_f, float(1 - ((r - r_f).square() / (1 + weights.square().sum(1))).mean() / r.var())
+
+
+def critics_alone(row, p, q, hidden, seen, steps):
+    """Critics of RATIO_K outputs trained by a row's objective, no generator: {update: their f(x), f(y)}.
+
+    seen: x ~ p and y ~ q, [N, D], looked at in the updates of RATIO_AT; f(x), f(y) [critics, N, K], of fewer
+    outputs padded with zeros.
+    """
+    kernel, found = partial(common.gaussian, sigma=torch.tensor(row["sigma"])), {}
+    f = Stack([common.mlp(*q.event_shape, *hidden, K) for K in RATIO_K])
+    logit = Stack([common.mlp(K, 1) for K in RATIO_K])              # of a GAN, in the critic's space
+    players = nn.ModuleList([f, logit] if row["loss"] == "gan" else [f])
+    opt = common.optimizer(players, "adam", RATIO_LR, (0.5, 0.999))
+
+    def features(points):
+        return f(points.expand(len(RATIO_K), -1, -1))
+
+    for step in range(steps + 1):
+        if step in RATIO_AT or step == steps:
+            with torch.no_grad():
+                found[step] = [features(points) for points in seen]
+        h_x, h_y = (features(law.sample([RATIO_BATCH])) for law in (p, q))
+        match row["loss"]:
+            case "gan": loss = common.gan_critic(logit(h_x), logit(h_y))
+            case "mmd": loss = -common.mmd(*common.gram(kernel, h_x, h_y))
+            case "gram":
+                K_all = common.gram(kernel, h_x, h_y)
+                loss = -common.gram_objective(*K_all, row["form"], row["ridge"], LAMBDA)[0]
+        common.descend((opt, loss))
+    return found
+
+
+def figure_ratio(rows, seeds, steps):
+    """Does a critic preserve density ratios (GRAM, eq. 4, 5)? Critics trained alone where p and q are known.
+
+    rows: {name: row}. A column a pair p, q. explained()'s share, means over seeds: along training, of two
+    outputs; at the end, over the outputs. Then the error of kernel mean matching in the first row's space.
+    """
+    if any(row["loss"] not in ("gram", "mmd", "gan") for row in rows.values()):
+        raise ValueError(f"--figure ratio: found {', '.join(rows)}, expected rows of the loss gram, mmd or gan")
+    pairs, two = ratio_pairs(), RATIO_K.index(2)
+    figure = common.Figure(figsize=(3.6 * len(pairs), 12), layout="constrained")
+    grid = figure.subplots(4, len(pairs), sharey="row")
+    for column, (name, (p, q)) in zip(grid.T, pairs.items()):
+        torch.manual_seed(0)
+        seen = [law.sample([RATIO_POINTS]) for law in (p, q)]
+        r, space = (p.log_prob(seen[1]) - q.log_prob(seen[1])).exp().double(), None
+        for (kind, hidden), row_name in itertools.product(RATIO_CRITICS.items(), rows):
+            shares = []
+            for seed in seeds:
+                torch.manual_seed(seed)
+                found = critics_alone(rows[row_name], p, q, hidden, seen, steps)
+                shares.append([[explained(h[:, :K].double(), r)[1] for K, h in zip(RATIO_K, h_y)]
+                               for _, h_y in found.values()])
+                space = space or [h[two, :, :2] for h in found[steps]]
+            shares = np.mean(shares, 0)                     # [updates, outputs]
+            print(f"{name:<36}{kind:<8}{row_name:<18}", *(f"{share:.2f}" for share in shares[-1]), flush=True)
+            axes = column[1 + list(RATIO_CRITICS).index(kind)]
+            axes.semilogx(RATIO_K, shares[-1], ".-")
+            axes.set(xlabel=f"outputs of {kind} critics, {steps:,} updates", ylim=(0, 1.02))
+            axes.set_xticks(RATIO_K, RATIO_K)
+            if kind == "MLP":
+                column[0].plot(list(found), shares[:, two], label=row_name)
+        column[0].set(title=name, xscale="symlog", xlabel="update, MLP critics of 2 outputs", ylim=(0, 1.02))
+        h_x, h_y = space
+        r_f, kernel = explained(h_y.double(), r)[0], partial(common.gaussian, sigma=torch.ones(1))
+        for ridge in RATIO_RIDGES:
+            errors = []
+            for n in RATIO_N:
+                K_yy, K_yx = kernel(h_y[:n], h_y[:n]), kernel(h_y[:n], h_x[:n])
+                error = common.density_ratio(K_yy, K_yx, ridge) - r_f[:n]
+                errors.append(float(error.square().mean() / r.var()))
+            column[3].loglog(RATIO_N, errors, ".-", label=f"ridge {ridge:g}")
+            print(f"{name}: estimation error at", *(f"{n}: {e:.2g}" for n, e in zip(RATIO_N, errors)),
+                  f"points, ridge {ridge:g}", flush=True)
+        column[3].set_xlabel(f"points, in the space of {next(iter(rows))}'s MLP critic")
+    grid[0, 0].set_ylabel("Pearson divergence kept"), grid[0, 0].legend(fontsize=7)
+    grid[3, 0].set_ylabel("E (estimate - r$_f$)$^2$ / Var r"), grid[3, 0].legend(fontsize=7)
+    return figure
+
+
 def figure_dirac():
-    """Figure 1 of Scaled MMD: P at 0, Q at theta, f(x) = psi x; Q descends and the critic ascends."""
-    def losses(theta, psi):         # MMD^2 and SMMD^2, [...]
-        h_x, h_y = 0 * theta[..., None, None], (psi * theta)[..., None, None]
-        squared = common.mmd2(*common.gram(common.unit_gaussian, h_x, h_y))
-        return squared, common.smmd2(squared, psi[..., None, None, None], 1.0, SCALED_LAMBDA + 1)
+    """Scaled MMD, Figure 1 and section 2: P at 0, Q at theta, f(x) = psi x; Q descends, f ascends."""
+    def losses(theta, psi):         # what Q minimises and the critic maximises, a pair for each panel
+        squared = common.mmd2(*common.gram(unit, 0 * theta[..., None, None], (psi * theta)[..., None, None]))
+        scaled = common.smmd2(squared, psi[..., None, None, None], 1.0, SCALED_LAMBDA + 1)
+        t = DIRAC_BETWEEN * theta[..., None]                        # and the slope of the witness there
+        p, q = ((-(psi[..., None] * w) ** 2 / 2).exp() * w * -psi[..., None] ** 2
+                for w in (t, t - theta[..., None]))
+        penalty = common.gradient_penalty((p - q)[..., None]).mean(-1)
+        return (squared, squared), (squared, squared - penalty), (scaled, scaled)
 
     def field(i, theta, psi):
         theta, psi = theta.detach().requires_grad_(), psi.detach().requires_grad_()
-        d_theta, d_psi = torch.autograd.grad(losses(theta, psi)[i].sum(), (theta, psi))
-        return -d_theta, d_psi
+        for_q, for_critic = losses(theta, psi)[i]
+        return (-torch.autograd.grad(for_q.sum(), theta, retain_graph=True)[0],
+                torch.autograd.grad(for_critic.sum(), psi)[0])
 
-    axis = partial(torch.linspace, dtype=torch.float64)
-    figure = common.Figure((13, 4.4), layout="constrained")
+    axis, unit = partial(torch.linspace, dtype=torch.float64), common.unit_gaussian
+    figure = common.Figure((13, 8.8), layout="constrained")
     theta, psi = torch.meshgrid(axis(-4, 4, 25), axis(-4, 4, 25), indexing="xy")
     starts = torch.tensor([[1.0, 0.5], [-3.0, 0.3], [3.0, 3.0]], dtype=torch.float64)     # at C MMD is flat
-    *panels, last = figure.subplots(1, 3)
-    for i, (axes, name) in enumerate(zip(panels, ("MMD$^2$", f"SMMD$^2$, $\\lambda$ = {SCALED_LAMBDA}"))):
+    fields, (critics, weak, sharp) = figure.subplots(2, 3)
+    for i, (axes, name) in enumerate(zip(fields, ("MMD$^2$", "MMD$^2$, additive penalty",
+                                                  f"SMMD$^2$, $\\lambda$ = {SCALED_LAMBDA}"))):
         u, v = field(i, theta, psi)
         size = (u.square() + v.square()).sqrt().clamp(min=1e-12)
         arrows = axes.quiver(theta, psi, u / size, v / size, size.log10(), scale=35, width=0.003)
@@ -479,18 +629,34 @@ def figure_dirac():
             axes.plot(*curve.T, "r-", linewidth=1.2)
             axes.plot(*curve[0], "ro", markersize=4)
             axes.annotate(label, tuple(curve[0]), xytext=(4, 4), textcoords="offset points", color="red")
-            print(f"{('MMD', 'SMMD')[i]}, from {label} = ({curve[0][0]:.1f}, {curve[0][1]:.1f}): theta "
-                  f"{curve[-1][0]:.2g}, psi {curve[-1][1]:.2g} after {DIRAC_STEPS:,} steps of {DIRAC_RATE}")
+            print(f"{('MMD', 'MMD with a penalty', 'SMMD')[i]}, from {label} = ({curve[0][0]:.1f}, "
+                  f"{curve[0][1]:.1f}): theta {curve[-1][0]:.2g}, psi {curve[-1][1]:.2g} after "
+                  f"{DIRAC_STEPS:,} steps of {DIRAC_RATE}")
         axes.set(title=name, xlabel="$\\theta$", ylabel="$\\psi$", xlim=(-4.2, 4.2), ylim=(-4.2, 4.2))
     t, grid = axis(-5, 25, 1_501)[:, None], axis(0.01, 10, 1_000)
     far = torch.full((1, 1), 20.0, dtype=torch.float64)
-    best = float(grid[losses(far[0].expand(len(grid)), grid)[1].argmax()])
+    best = float(grid[losses(far[0].expand(len(grid)), grid)[2][0].argmax()])
     for psi, name in ((10.0, "MMD, $\\psi$ = 10"), (1.0, "MMD, $\\psi$ = 1 (spectral norm 1)"),
                       (best, f"SMMD, its best $\\psi$ = {best:.2f}")):
-        norm = common.mmd2(*common.gram(common.unit_gaussian, 0 * far, psi * far)).sqrt()
-        last.plot(t, common.witness(common.unit_gaussian, psi * t, 0 * far, psi * far) / norm, label=name)
-    last.set(title="critics of norm 1 at $\\theta$ = 20", xlabel="x")
-    last.legend(fontsize=7)
+        norm = common.mmd2(*common.gram(unit, 0 * far, psi * far)).sqrt()
+        critics.plot(t, common.witness(unit, psi * t, 0 * far, psi * far) / norm, label=name)
+    critics.set(title="critics of norm 1 at $\\theta$ = 20", xlabel="x")
+    n, psi = torch.logspace(0, 4, 41, dtype=torch.float64), torch.logspace(-3, 6, 901, dtype=torch.float64)
+    pairs = losses((1 / n)[:, None].expand(-1, len(psi)), psi.expand(len(n), -1))
+    h = (psi / n[:, None])[..., None, None]                         # of Q; P is at 0, where mu is
+    J = psi.view(-1, 1, 1, 1).expand(len(n), -1, 1, 1, 1)
+    exact, _ = common.gradient_constrained_mmd2(0 * h, h, 0 * h, J, SCALED_LAMBDA)
+    for name, squared in (("MMD", pairs[0][0]), ("SMMD", pairs[2][0]), ("gradient-constrained MMD", exact)):
+        values, i = squared.clamp(min=0).sqrt().max(1)
+        weak.loglog(n, values, label=f"{name}, its best $\\psi$")
+        sharp.loglog(n, psi[i], label=name)
+        print(f"{name} of delta_0 and delta_1/n: {values[0]:.3g} at n = 1, {values[-1]:.3g} at {n[-1]:,.0f}")
+    spectral = common.mmd2(*common.gram(unit, 0 * n[:, None, None], 1 / n[:, None, None])).clamp(min=0).sqrt()
+    weak.loglog(n, spectral, "--", label="MMD, $\\psi$ = 1 (spectral norm 1)")
+    weak.set(title="distance of $\\delta_0$ and $\\delta_{1/n}$", xlabel="n")
+    sharp.set(title="where it is attained: $\\psi$", xlabel="n")
+    for axes in (critics, weak, sharp):
+        axes.legend(fontsize=7)
     return figure
 
 
@@ -582,17 +748,17 @@ def main(argv=None):
     parser.set_defaults(seeds=None)
     args = parser.parse_args(argv)
     out, chosen, single = f"{args.out}/ring2d-figure{args.figure}", FIGURES[args.figure], args.figure == "1"
-    if args.figure == "dirac":
-        return common.save_figure(f"{out}.png", figure_dirac())
-    if args.figure == "gaussians":
-        common.save_figure(f"{out}4.png", figure_4())
-        return common.save_figure(f"{out}5.png", figure_5())
     rows = dict(row_of(name) for name in args.method or chosen["method"])
     steps, seeds = args.steps or chosen["steps"], list(args.seeds or range(chosen["seeds"]))
-
-    device = common.setup(args.device)
     torch.set_num_threads(1)            # the matrices are too small to share between cores
-    runs = []
+    match args.figure:
+        case "dirac": return common.save_figure(f"{out}.png", figure_dirac())
+        case "ratio": return common.save_figure(f"{out}.png", figure_ratio(rows, seeds, steps))
+        case "gaussians":
+            common.save_figure(f"{out}4.png", figure_4())
+            return common.save_figure(f"{out}5.png", figure_5())
+
+    device, runs = common.setup(args.device), []
     for name, row in rows.items():      # a run has one seed for Figure 1, all seeds for the others
         common.show(name, row, *networks(row, cells(args.figure, seeds)[-1]))       # the largest
         for own in [[seed] for seed in seeds] if single else [seeds]:
@@ -611,7 +777,8 @@ def main(argv=None):
             figure_1(run, result)
             animate(run)
     else:
-        text = figure_2(finished) if args.figure == "2" else figure_gamn(finished, f"{out}.png")
+        text = (figure_2(finished) if args.figure == "2" else
+                (figure_k if args.figure == "k" else figure_gamn)(finished, f"{out}.png"))
         print(text)
         made = f"{common.command(argv)}\n{', '.join(common.machine(device).values())}"
         with common.replacing(f"{out}.md") as file:

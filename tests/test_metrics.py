@@ -128,8 +128,10 @@ def test_scores(kind, tmp_path):
     (f_y, logits), f_x = network(y), Features("plain")(x)
     assert torch.allclose(f_y, Features("plain")(y)) and (logits is None) == (kind == "plain")
     fit = common.gaussian_fit(f_x)
-    pairs = dict(kid=common.kid(f_y, f_x), fd_bootstrap=common.bootstrap_frechet_distance(f_y[:20], fit, 3))
-    pairs |= dict(isc=common.inception_score(logits)) if kind == "tuple" else {}
+    pairs = dict(kid=common.kid(f_y, f_x), fd_bootstrap=common.bootstrap(
+        f_y[:20], lambda x: common.frechet_distance(common.gaussian_fit(x), fit), 3))
+    pairs |= dict(isc=common.inception_score(logits), isc_bootstrap=common.bootstrap(
+        logits[:20], lambda x: common.inception_score(x)[0], 3)) if kind == "tuple" else {}
     expected = {key: v for name, pair in pairs.items() for key, v in zip((name, f"{name}_std"), pair)}
     expected |= dict(fd=common.frechet_distance(common.gaussian_fit(f_y), fit), samples=23)
     reference = common.load_reference(f"{tmp_path}/x.npy", network)
@@ -231,7 +233,7 @@ def test_fits_of_many_parts_and_of_resampled_features():
     x, fit, rng = noise(300, 5), common.gaussian_fit(noise(300, 5, seed=1)), torch.Generator().manual_seed(0)
     drawn = [common.frechet_distance(common.gaussian_fit(x[torch.randint(300, (300,), generator=rng)]), fit)
              for _ in range(20)]
-    mean, std = common.bootstrap_frechet_distance(x, fit, resamplings=20)
+    mean, std = common.bootstrap(x, lambda x: common.frechet_distance(common.gaussian_fit(x), fit), 20)
     assert mean == pytest.approx(np.mean(drawn)) and std == pytest.approx(np.std(drawn))
 
 

@@ -217,20 +217,118 @@ def test_figure_gamn(pictures):
 
 
 def test_figures_of_scaled_mmd(capsys, pictures):
-    """What is printed, of Figure 1 by the formula 2 - 2 exp(-(theta psi)^2 / 2), and the panels."""
+    """What is printed, of Figure 1 by the formula 2 - 2 exp(-(theta psi)^2 / 2), and the panels.
+
+    The witness is k(psi t, 0) - k(psi t, psi theta); where each distance has its limit: results/rings.md.
+    """
     for name in ("dirac", "gaussians"):
         ring2d.main(["--figure", name])
     printed, found = capsys.readouterr().out, []
-    for scaled in (0, 1):
+
+    def witness(t, theta, psi):
+        return (-(psi * t) ** 2 / 2).exp() - (-(psi * (t - theta)) ** 2 / 2).exp()
+    for scaled, weight in ((0, 0), (0, 1), (1, 0)):
         at = torch.tensor([[1, 0.5], [-3, 0.3], [3, 3]], dtype=torch.float64, requires_grad=True)
         for _ in range(9):
-            loss = (2 - 2 * (-at.prod(1) ** 2 / 2).exp()) / (1.1 + at[:, 1] ** 2) ** scaled
-            at = at + 0.05 * torch.tensor([-1, 1]) * torch.autograd.grad(loss.sum(), at)[0]
+            theta, psi = at.T
+            loss = (2 - 2 * (-at.prod(1) ** 2 / 2).exp()) / (1.1 + psi ** 2) ** scaled
+            d_theta, d_psi = torch.autograd.grad(loss.sum(), at)[0].T
+            for a in ring2d.DIRAC_BETWEEN.tolist() if weight else ():
+                slopes = [(witness(a * theta + 1e-5, theta, p) - witness(a * theta - 1e-5, theta, p)) / 2e-5
+                          for p in (psi + 1e-4, psi - 1e-4)]
+                more, less = ((slope.abs() - 1).square() / len(ring2d.DIRAC_BETWEEN) for slope in slopes)
+                d_psi = d_psi - (more - less) / 2e-4
+            at = (at + 0.05 * torch.stack([-d_theta, d_psi], 1)).detach().requires_grad_()
         found += [f"theta {theta:.2g}, psi {psi:.2g} after" for theta, psi in at.tolist()]
     assert all(end in line for end, line in zip(found, printed.splitlines()))
     low, _, high = printed.split("over the grid: ")[1].split()
     assert 0 < float(low) < float(high) <= 1 and "Sobolev: largest gradient" in printed     # SMMD is smaller
-    assert [len(figure.axes) for figure in pictures.values()] == [5, 2, 12]
+    psi = np.linspace(0.1, 5, 10_000) ** 2                  # of the least upper bound in Proposition 5, at theta = 1
+    scaled = ((2 - 2 * np.exp(-psi / 2)) / (1.1 + psi)).max() ** 0.5
+    for name, first, last in (("MMD", 2 ** 0.5, 2 ** 0.5), ("SMMD", scaled, 1e-4),
+                              ("gradient-constrained MMD", *2 * [(1 / 0.1 + 1 / 1.1) ** 0.5])):
+        [line] = [line for line in printed.splitlines() if line.startswith(f"{name} of delta_0")]
+        words = line.split(": ")[1].split()
+        assert [float(words[0]), float(words[5])] == pytest.approx([first, last], rel=5e-3)
+    assert [len(figure.axes) for figure in pictures.values()] == [9, 2, 12]
+
+
+def test_share_of_the_divergence_that_features_keep():
+    """Linear features of Gaussians, against E_q r^2 in closed form: in their space, over that of the points."""
+    def second(m, P, Q):            # E_q r^2 of N(m, P) over N(0, Q)
+        A = 2 * P.inverse() - Q.inverse()
+        b = 2 * P.inverse() @ m
+        return (Q.det().sqrt() / (P.det() * A.det().sqrt())
+                * (b @ A.inverse() @ b / 2 - m @ P.inverse() @ m).exp())
+    torch.manual_seed(0)
+    pairs = list(ring2d.ratio_pairs().values())
+    for p, q in pairs:
+        y = q.sample([200_000])
+        r = (p.log_prob(y) - q.log_prob(y)).exp()
+        assert float(r.mean()) == pytest.approx(1, abs=0.02)
+        if isinstance(p, torch.distributions.Independent):
+            m, P = p.mean, p.variance.diag()
+            whole = float(second(m, P, torch.eye(len(m))))
+            assert float(r.square().mean()) == pytest.approx(whole, rel=0.1)
+    p, q = pairs[1]                 # in five dimensions
+    y, m, P = q.sample([2_000]), p.mean.double(), p.variance.diag().double()
+    r = (p.log_prob(y) - q.log_prob(y)).exp().double()
+    whole = float(second(m, P, torch.eye(5, dtype=torch.float64)))
+    for columns in ([0], [1], [0, 1], [4], [0, 1, 2, 3]):
+        W = torch.eye(5, dtype=torch.float64)[:, columns] + 0.2
+        h = y.double() @ W
+        r_f, share = ring2d.explained(h, r)
+        laws = (W.T @ m, W.T @ P @ W), (0 * W[0], W.T @ W)
+        assert share == pytest.approx(float((second(*laws[0], W.T @ W) - 1) / (whole - 1)), abs=0.06)
+        log_p, log_q = (torch.distributions.MultivariateNormal(*law).log_prob(h) for law in laws)
+        exact = (log_p - log_q).exp()
+        assert float((r_f - exact).square().mean() / r.var()) < 0.08
+    assert ring2d.explained(torch.zeros(2_000, 2).double(), r)[1] == pytest.approx(0, abs=0.05)     # dead
+
+
+@pytest.mark.parametrize("name", ["gram", "gram-swap", "gram-clip", "mmdgan", "gan"])
+def test_critics_alone_learn_their_objective(name, monkeypatch):
+    """What each maximises is the papers' formula; a critic with fewer outputs is padded with zeros."""
+    row, (p, q) = ring2d.row_of(name)[1], ring2d.ratio_pairs()["Gaussians in 2 dimensions"]
+    seen, losses, plain = [law.sample([64]) for law in (p, q)], [], common.descend
+    monkeypatch.setattr(common, "descend", lambda player: (losses.append(player[1]), plain(player)))
+    torch.manual_seed(3)
+    found = ring2d.critics_alone(row, p, q, (8,), seen, 3)
+    assert list(found) == [0, 3] and found[0][0].shape == (len(ring2d.RATIO_K), 64, max(ring2d.RATIO_K))
+    torch.manual_seed(3)
+    nets = [common.mlp(2, 8, K) for K in ring2d.RATIO_K]
+    logits = [common.mlp(K, 1) for K in ring2d.RATIO_K]
+    x, y = (law.sample([ring2d.RATIO_BATCH]) for law in (p, q))
+    for f, logit, h, loss in zip(nets, logits, found[0][1], losses[0]):
+        assert torch.allclose(f(seen[1]), h[:, :f[-1].out_features], atol=1e-6)
+        if name == "gan":
+            wanted = nn.functional.softplus(-logit(f(x))).mean() + nn.functional.softplus(logit(f(y))).mean()
+        elif name == "mmdgan":
+            sets = itertools.combinations_with_replacement((f(x), f(y)), 2)
+            xx, xy, yy = ((-torch.cdist(*pair) ** 2 / 2).exp().mean() for pair in sets)
+            wanted = -(xx + yy - 2 * xy).sqrt()
+        else:
+            wanted = -plain_objective(row["form"], f(x).double(), f(y).double(), 1e-3, (1.0,))[0]
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-3)
+        assert not h[:, f[-1].out_features:].any()
+
+
+def test_figures_ratio_and_k(capsys, pictures, monkeypatch):
+    for name, value in dict(RATIO_POINTS=80, NEAREST=20, RATIO_N=(20, 40), RATIO_BATCH=10).items():
+        monkeypatch.setattr(ring2d, name, value)
+    run(ring2d, "--figure", "ratio", "--method", "gan", "gram", "--steps", 12, "--seeds", 2)
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(" MLP " in line for line in printed) == sum(" linear " in line for line in printed) == 4 * 2
+    assert sum("estimation error" in line for line in printed) == 4 * len(ring2d.RATIO_RIDGES)
+    figure = pictures["runs/ring2d-figureratio.png"]
+    assert len(figure.axes) == 16 and list(figure.axes[0].lines[0].get_xdata()) == [0, 10, 12]
+    with says("--figure ratio", "gram, mmd or gan"):
+        run(ring2d, "--figure", "ratio", "--method", "wgan")
+    run(ring2d, "--figure", "k", "--steps", 3, "--seeds", 2, "--method", "gram+critic=4", "mmdgan")
+    table = open("runs/ring2d-figurek.md").read()
+    member = json.load(open("runs/ring2d-figurek-gram+critic=4/result.json"))["members"]
+    assert f"| gram+critic=4 | {member[0]['modes']} {member[1]['modes']} " in table and "0 of 2" in table
+    assert texts(pictures["runs/ring2d-figurek.png"]).count(" modes") == 2
 
 
 @pytest.mark.parametrize("off, share", [(0.59, 1), (0.61, 0)])

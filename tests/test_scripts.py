@@ -357,13 +357,13 @@ def test_what_fails_ends_one_run(network, patch, capsys):
 
 def test_figures_and_tables_of_cifar(network, patch, capsys):
     """Rows are trained once, without a network; then scored; each figure draws what they have kept."""
-    saved, save, figures = {}, common.save_figure, ("5", "scores", "singular", "neighbours", "gamn")
+    saved, save, figures = {}, common.save_figure, ("5", "scores", "singular", "neighbours", "samples")
     patch.setattr(common, "save_figure", lambda path, f: (saved.update({path[17:-4]: f}), save(path, f)))
     rows, given = ["gram+batch=9", "gram+batch=16", "gan+batch=9"], ["--device", "cpu", "--features", network]
     patch.setattr(cifar, "SWEEPS", {"5": {"batch size": ("batch", (9, 16))}})
     patch.setattr(cifar, "FIGURES", cifar.FIGURES | {
         key: dict(method=rows[:3 if key == "5" else 2], steps=2) for key in figures})
-    patch.setattr(cifar, "TABLES", {"gram": (30, dict.fromkeys(rows, ""))})
+    patch.setattr(cifar, "TABLES", {"gram": (30, dict.fromkeys(rows, "")), "gamn": (30, {"gan+batch=8": ""})})
     patch.setattr(cifar, "PAPER", dict.fromkeys(rows, "5.13, 26.82"))
     run(cifar, None, " ".join(rows), "--steps", 2)
     assert "not scored" in capsys.readouterr().out and "fd" not in result("runs/cifar-gan+batch=9-s0")
@@ -373,6 +373,11 @@ def test_figures_and_tables_of_cifar(network, patch, capsys):
             cifar.main([*given, "--figure", figure])
         cifar.main([*given, "--table", "gram", "--steps", "2"])
     assert capsys.readouterr().out.count(" | 26.82 ") == 3 + 4 * 2 + 3 and set(figures) < set(saved)
+    assert len(saved["samples"].axes) == 2 and "gan+batch=9" not in saved["samples"].axes[0].get_title()
+    patch.setattr(cifar, "SCORE_EVERY", 1), patch.setattr(cifar, "LOG_EVERY", 1)
+    cifar.main([*given, "--table", "gamn", "--steps", "2"])
+    best = common.read_log("runs/cifar-gan+batch=8-s0")["isc"].max()
+    assert "its best in training" in (text := capsys.readouterr().out) and f" {best:.2f} " in text
     folder = "runs/cifar-gan+batch=9-s0"
     assert result(folder)["samples"] == len(np.load(f"{folder}/samples.npy")) == 30
     gram, gan = saved["5"].axes[0].lines
