@@ -129,8 +129,9 @@ def gram(kernel, x, y):
     """The three Gram matrices of two sets, from one evaluation of a kernel on both (GRAM, Algorithm 1).
 
     x [..., N, D], y [..., M, D]; kernel from two sets of sizes n and m to [..., S, n, m]. Returns K_xx
-    [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M]. No MMD depends on the origin; the mean of all
-    points is it, as float32 has few digits far from it (Binkowski et al. 2018, footnote 19).
+    [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M]. Their MMD does not depend on the origin, which is
+    the mean of all points, as float32 has few digits far from it (Binkowski et al. 2018, footnote 19): kid(),
+    whose kernel's does, goes without this function.
     """
     pooled, sizes = torch.cat([x, y], -2), [x.shape[-2], y.shape[-2]]
     pooled = pooled - pooled.mean(-2, keepdim=True).detach()

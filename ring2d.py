@@ -5,7 +5,10 @@
     python ring2d.py --method gram+ridge=1e-2 gan+std=0.01      rows with other values of keys, see DEFAULTS
     python ring2d.py --figure 2             Figures 2 and 7 of GRAM: 144 runs, 8 minutes on an H200
     python ring2d.py --figure gamn          Figure 1 and Table 1 of GAMN: 45 runs, 4 minutes on an H200
-    python ring2d.py --figure dirac         Figure 1 of Scaled MMD: 10 seconds on a CPU; gaussians: 4 and 5
+    python ring2d.py --figure k             appendix B.3 of GRAM, critics of 2 to 16 outputs: 25 minutes on a CPU
+    python ring2d.py --figure ratio         does a critic preserve density ratios? 12 minutes on a CPU
+    python ring2d.py --figure gradients     which gradients are unbiased? Demystifying MMD GANs: 1 minute
+    python ring2d.py --figure dirac         Figure 1 of Scaled MMD: 20 seconds on a CPU; gaussians: 4 and 5
 
 Expect of the first 8 of 8 modes, and 0.89 of the samples within 3 std of a mode (three seeds; of data 0.989);
 of Figure 2, that GRAM succeeds in 12 of 12 settings. A run goes to runs/ring2d-METHOD-sSEED/ (figure1.png,
@@ -43,13 +46,6 @@ SCALED_LAMBDA = 0.1                 # Figure 1 of Scaled MMD, as its section 4; 
 DIRAC_STEPS, DIRAC_RATE = 4_000, 0.05               # of gradient descent and ascent at once
 DIRAC_BETWEEN = (torch.arange(32, dtype=torch.float64) + 0.5) / 32      # where a penalty of weight 1 holds
 GRID_5 = (31, 25, 25)               # of mu, of sigma and of psi, Figure 5 of Scaled MMD
-# Figure "ratio": dimensions of its Gaussians, outputs of critics, when they are looked at and on how many
-# points, their neighbours of which a fit has so many, sizes and ridges of estimates by kernel mean matching
-RATIO_DIMS, RATIO_K, RATIO_CRITICS = (2, 5, 20), (1, 2, 4, 8), {"MLP": HIDDEN, "linear": ()}
-RATIO_BATCH, RATIO_LR = 100, 1e-3
-RATIO_AT = (0, 10, 30, 100, 300)
-RATIO_POINTS, NEAREST = 2_000, 60
-RATIO_N, RATIO_RIDGES = (50, 100, 200, 400, 800), (1e-4, 1e-2, 1.0)
 LOG_EVERY = 1_000                   # rows in the terminal
 TRACE_EVERY = 10                    # rows in log.csv after the 100th update, one for each before, Figure 1b
 SAVE_EVERY = 5_000                  # a multiple of TRACE_EVERY: what is saved has been seen to be finite
@@ -115,12 +111,29 @@ FIGURES = {
                       seeds=3, steps=4_000),
     "ratio":     dict(method=["gram", "gram-swap", "gram-mean", "gram-flow", "gram-clip", "gram+form=square",
                               "mmdgan", "gan"], seeds=1, steps=500),
-    "dirac": NONE, "gaussians": NONE,
+    "gradients": NONE, "dirac": NONE, "gaussians": NONE,
 }
 GAMN_PAPER = {"wgan": (0.300, 0.312, 0.305), "wgan-gp": (0.285, 0.294, 0.298),     # Table 1
               "gmmn": (0.281, 0.291, 0.289), "gamn": (0.276, 0.284, 0.286)}
 CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
 row_of = partial(common.find_row, methods=METHODS, defaults=DEFAULTS, names=NAMES)     # of NAME+KEY=VALUE...
+
+# Figure "ratio": dimensions of its Gaussians, outputs of critics, when they are looked at and on how many
+# points, their neighbours of which a fit has so many, sizes and ridges of estimates by kernel mean matching
+RATIO_DIMS, RATIO_K, RATIO_CRITICS = (2, 5, 20), (1, 2, 4, 8), {"MLP": HIDDEN, "linear": ()}
+RATIO_BATCH, RATIO_LR = 100, 1e-3
+RATIO_AT = (0, 10, 30, 100, 300)
+RATIO_POINTS, NEAREST = 2_000, 60
+RATIO_N, RATIO_RIDGES = (50, 100, 200, 400, 800), (1e-4, 1e-2, 1.0)
+# Figure "gradients": Demystifying MMD GANs, section 3, appendices B.4, B.5 and D.1
+RBF, ALPHA = (torch.tensor(v, dtype=torch.float64) for v in ((2, 5, 10, 20, 40, 80), (0.2, 0.5, 1, 2, 5)))
+KERNELS = {"rbf": partial(common.gaussian, sigma=RBF), "dot": common.dot, "distance": common.distance,
+           "rational quadratic": partial(common.rational_quadratic, alpha=ALPHA)}       # its section 5
+WHOLE = 200                         # ours: p is so many points and q as many samples; their MMD is exact
+SIZES = (2, 4, 8, 16, 32, 64)       # of minibatches, of critics' training sets, of samples to be scored
+DRAWN, GROUPS = 2 ** 17, 256        # points drawn for a mean, in groups, whose scatter is its standard error
+FRESH = 8                           # points that a trained critic compares; no mean depends on it
+BEST_DIRECTION = (0.5911, 0.6723, 0.7780, 0.8759, 0.9374, 0.9687)   # E theta_1^2 at SIZES: quadrature, tests
 
 
 class Stack(nn.Module):
@@ -552,7 +565,7 @@ def figure_ratio(rows, seeds, steps):
     outputs; at the end, over the outputs. Then the error of kernel mean matching in the first row's space.
     """
     if any(row["loss"] not in ("gram", "mmd", "gan") for row in rows.values()):
-        raise ValueError(f"--figure ratio: found {', '.join(rows)}, expected rows of the loss gram, mmd or gan")
+        raise ValueError(f"--figure ratio: found {', '.join(rows)}, expected the losses gram, mmd or gan")
     pairs, two = ratio_pairs(), RATIO_K.index(2)
     figure = common.Figure(figsize=(3.6 * len(pairs), 12), layout="constrained")
     grid = figure.subplots(4, len(pairs), sharey="row")
@@ -591,6 +604,120 @@ def figure_ratio(rows, seeds, steps):
         column[3].set_xlabel(f"points, in the space of {next(iter(rows))}'s MLP critic")
     grid[0, 0].set_ylabel("Pearson divergence kept"), grid[0, 0].legend(fontsize=7)
     grid[3, 0].set_ylabel("E (estimate - r$_f$)$^2$ / Var r"), grid[3, 0].legend(fontsize=7)
+    return figure
+
+
+def mmd2_gradients(kernel, f, g, x, z):
+    """Gradients of the biased and the unbiased MMD^2, means over minibatches, in all weights: [2, weights].
+
+    x [..., N, 2] data, z [..., N, 2] noise, f critic, g generator.
+    """
+    K_all, weights = common.gram(kernel, f(x), f(g(z))), [*f.parameters(), *g.parameters()]
+    both = [torch.autograd.grad(common.mmd2(*K_all, unbiased).mean(), weights, retain_graph=True)
+            for unbiased in (False, True)]
+    return torch.stack([torch.cat([part.flatten() for part in gradient]) for gradient in both])
+
+
+def best_direction(x, y):
+    """The unit vector theta [..., D, 1] with the largest unbiased MMD^2 of theta.x, theta.y under `dot`.
+
+    x, y [..., N, D]. It is a matrix's first eigenvector (Demystifying MMD GANs, appendix B.5).
+    """
+    n, between = x.shape[-2], x.mean(-2)[..., :, None] * y.mean(-2)[..., None, :]
+    within = (s.sum(-2)[..., :, None] * s.sum(-2)[..., None, :] - s.mT @ s for s in (x, y))
+    return torch.linalg.eigh(sum(within) / (n * (n - 1)) - between - between.mT).eigenvectors[..., -1:]
+
+
+def trained_critics(n, rng):
+    """What critics trained on n points each of P = N((1, 0), I) and Q = N(0, I) find on fresh points: [2, 2].
+
+    Means over the truth: a row [estimate, gradient in P's mean] of Wasserstein's distance between the first
+    coordinates with the critic t or -t (appendix B.4), one of the MMD^2 along best_direction(). The gradient
+    is that of a generator's step: the critic stays.
+    """
+    normal = partial(torch.randn, generator=rng, dtype=torch.float64)
+    mean = torch.tensor([1.0, 0], dtype=torch.float64, requires_grad=True)
+    (x, y), (t, u) = ((mean + normal(DRAWN // FRESH, k, 2), normal(DRAWN // FRESH, k, 2)) for k in (n, FRESH))
+    with torch.no_grad():
+        sign, theta = common.wasserstein(x[..., :1], y[..., :1]).sign(), best_direction(x, y)
+    w = (sign * common.wasserstein(t[..., :1], u[..., :1])).mean()
+    mmd2 = common.mmd2(*common.gram(common.dot, t @ theta, u @ theta), unbiased=True).mean()
+    slopes = [torch.autograd.grad(loss, mean, retain_graph=True)[0][0] for loss in (w, mmd2)]
+    return torch.stack([w, slopes[0], mmd2, slopes[1] / 2]).detach().view(2, 2)     # |mean|^2 has the slope 2
+
+
+def score_gradients(n, rng):
+    """Gradients in std, at 1, of FID and KID of n samples of N(0, std^2) to N(0, 1): [2, DRAWN // n].
+
+    KID has n data, FID the law itself (appendix D.1). Over the second derivatives there, 2 and 24.
+    """
+    x, z = torch.randn(2, DRAWN // n, n, 1, generator=rng, dtype=torch.float64)
+    std = torch.ones(len(z), 1, 1, dtype=torch.float64, requires_grad=True)
+    y, cubic = std * z, lambda a, b: (common.dot(a, b) + 1) ** 3        # common.cubic for D = 1
+    fid = y.mean(1).square() + (y.std(1) - 1).square()
+    kid = common.mmd2(cubic(x, x), cubic(x, y), cubic(y, y), unbiased=True)
+    return torch.stack([torch.autograd.grad(score.sum() / curvature, std, retain_graph=True)[0].flatten()
+                        for score, curvature in ((fid, 2), (kid, 24))])
+
+
+def figure_gradients():
+    """What is zero in the mean, and what is not: Demystifying MMD GANs, section 3, appendices B and D."""
+    figure, rng = common.Figure((14, 4.4), layout="constrained"), torch.Generator().manual_seed(0)
+    fixed, trained, scores = figure.subplots(1, 3)
+
+    def draw(axes, colour, name, *rows):
+        print(f"{name}, for {SIZES} points:")
+        for what, style, values in rows:
+            axes.plot(SIZES, values, style, color=colour, markersize=4, linewidth=1)
+            print(f"    {what:<28}" + " ".join(f"{v:7.4f}" for v in values))
+        axes.plot([], [], "s", color=colour, markersize=4, label=name)
+
+    torch.manual_seed(0)
+    f, g = common.mlp(2, 32, 4).double(), common.mlp(2, 32, 2).double()     # ReLU networks, as initialised
+    x = common.draw_mixture(*mixture("ring"), WHOLE, rng).double()
+    z = common.normal_noise(WHOLE, 2, rng).double()
+    for colour, (name, kernel) in enumerate(KERNELS.items()):
+        truth, unbiased = mmd2_gradients(kernel, f, g, x, z)        # all pairs of all points: the population
+        exact = (WHOLE - 1) * (truth - unbiased).norm() / truth.norm() / torch.tensor(SIZES)
+        found = []
+        for n in SIZES:
+            draws = (torch.randint(WHOLE, (2, DRAWN // GROUPS // n, n), generator=rng) for _ in range(GROUPS))
+            each = torch.stack([mmd2_gradients(kernel, f, g, x[i], z[j]) for i, j in draws])
+            error = (each - truth) / truth.norm()                   # [GROUPS, 2, weights]
+            found.append([*error.mean(0).norm(dim=1), (error[:, 1].var(0).sum() / GROUPS).sqrt()])
+        biased, zero, noise = torch.tensor(found).T
+        draw(fixed, f"C{colour}", f"MMD$^2$, {name}", ("biased, exactly", ":", exact),
+             ("biased", "o", biased), ("unbiased", "x", zero), ("unbiased, standard error", "-", noise))
+        print(f"    mean of (unbiased / error)^2, without bias 1: {(zero / noise).square().mean():.2f}")
+
+    w, mmd2 = torch.stack([trained_critics(n, rng) for n in SIZES]).permute(1, 2, 0)
+    signs = [math.erf(math.sqrt(n) / 2) for n in SIZES]             # 2 Phi(sqrt(n / 2)) - 1
+    for colour, name, exact, (value, slope) in (("C0", "Wasserstein, critic t or -t", signs, w),
+                                                ("C1", "MMD$^2$, dot, best direction", BEST_DIRECTION, mmd2)):
+        draw(trained, colour, name,
+             ("exactly", ":", exact), ("estimate", "o", value), ("gradient", "x", slope))
+    trained.axhline(1, color="black", linewidth=0.6)
+
+    found = [score_gradients(n, rng) for n in SIZES]
+    fid, kid = torch.stack([each.mean(1) for each in found], 1)
+    factor = [math.sqrt(2 / (n - 1)) * math.exp(math.lgamma(n / 2) - math.lgamma((n - 1) / 2)) for n in SIZES]
+    exact = [1 + 1 / n - c for n, c in zip(SIZES, factor)]
+    draw(scores, "C0", "FID", ("exactly", ":", exact), ("mean", "o", fid))
+    draw(scores, "C1", "KID", ("mean", "x", kid.abs()),
+         ("standard error", "-", [float(each[1].std() / each.shape[1] ** 0.5) for each in found]))
+    print("std of the smallest mean FID:", " ".join(f"{c * n / (n + 1):.4f}" for n, c in zip(SIZES, factor)))
+
+    fixed.set(title="fixed networks: o biased, dotted exactly,\nx unbiased, line its standard error",
+              yscale="log", xlabel="points of a minibatch", ylabel="|mean gradient - truth| / |truth|")
+    trained.set(title="trained critics: o estimate,\nx gradient in P's mean, dotted exactly",
+                xlabel="training points", ylabel="mean / truth")
+    scores.set(title="scores: gradient in the std where the truth is 0,\ndotted exactly, line standard error",
+               yscale="log", xlabel="scored samples", ylabel="|mean gradient| / curvature")
+    for axes in figure.axes:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(SIZES, SIZES)
+        axes.legend(fontsize=7)
+        axes.title.set_fontsize(9)
     return figure
 
 
@@ -753,6 +880,7 @@ def main(argv=None):
     torch.set_num_threads(1)            # the matrices are too small to share between cores
     match args.figure:
         case "dirac": return common.save_figure(f"{out}.png", figure_dirac())
+        case "gradients": return common.save_figure(f"{out}.png", figure_gradients())
         case "ratio": return common.save_figure(f"{out}.png", figure_ratio(rows, seeds, steps))
         case "gaussians":
             common.save_figure(f"{out}4.png", figure_4())

@@ -243,7 +243,7 @@ def test_figures_of_scaled_mmd(capsys, pictures):
     assert all(end in line for end, line in zip(found, printed.splitlines()))
     low, _, high = printed.split("over the grid: ")[1].split()
     assert 0 < float(low) < float(high) <= 1 and "Sobolev: largest gradient" in printed     # SMMD is smaller
-    psi = np.linspace(0.1, 5, 10_000) ** 2                  # of the least upper bound in Proposition 5, at theta = 1
+    psi = np.linspace(0.1, 5, 10_000) ** 2                  # Proposition 5 at theta = 1
     scaled = ((2 - 2 * np.exp(-psi / 2)) / (1.1 + psi)).max() ** 0.5
     for name, first, last in (("MMD", 2 ** 0.5, 2 ** 0.5), ("SMMD", scaled, 1e-4),
                               ("gradient-constrained MMD", *2 * [(1 / 0.1 + 1 / 1.1) ** 0.5])):
@@ -254,7 +254,7 @@ def test_figures_of_scaled_mmd(capsys, pictures):
 
 
 def test_share_of_the_divergence_that_features_keep():
-    """Linear features of Gaussians, against E_q r^2 in closed form: in their space, over that of the points."""
+    """Linear features of Gaussians, against E_q r^2 in closed form, in their space over the points'."""
     def second(m, P, Q):            # E_q r^2 of N(m, P) over N(0, Q)
         A = 2 * P.inverse() - Q.inverse()
         b = 2 * P.inverse() @ m

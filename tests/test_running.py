@@ -257,8 +257,8 @@ def test_flags(capsys):
     assert (args.method, list(args.seeds), args.steps) == (["gan", "gram+critic=8"], [0, 1, 2], 7)
     assert list(parser.parse_args(["--seeds", "5:8"]).seeds) == [5, 6, 7]
     rings = common.flags("doc", {"gram": {}}, "gram", 1, images=False)
-    for wrong in ("--seed=3", "--meth=gan", "--seeds=x", "--steps=x", "--method", "--data=x", "--device=abacus",
-                  "--seeds=5:5", "--seeds=-3:2", f"--steps={10 ** 20}"):
+    for wrong in ("--seed=3", "--meth=gan", "--seeds=x", "--steps=x", "--method", "--data=x",
+                  "--device=abacus", "--seeds=5:5", "--seeds=-3:2", f"--steps={10 ** 20}"):
         with pytest.raises(SystemExit):
             rings.parse_args([wrong])
         assert wrong.split("=")[0] in capsys.readouterr().err
