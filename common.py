@@ -129,9 +129,8 @@ def gram(kernel, x, y):
     """The three Gram matrices of two sets, from one evaluation of a kernel on both (GRAM, Algorithm 1).
 
     x [..., N, D], y [..., M, D]; kernel from two sets of sizes n and m to [..., S, n, m]. Returns K_xx
-    [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M]. Their MMD does not depend on the origin, which is
-    the mean of all points, as float32 has few digits far from it (Binkowski et al. 2018, footnote 19): kid(),
-    whose kernel's does, goes without this function.
+    [..., S, N, N], K_xy [..., S, N, M], K_yy [..., S, M, M]. The origin is the mean of all points, as float32
+    has few digits far from it (Binkowski et al. 2018, footnote 19); no MMD depends on it, but KID's kernel.
     """
     pooled, sizes = torch.cat([x, y], -2), [x.shape[-2], y.shape[-2]]
     pooled = pooled - pooled.mean(-2, keepdim=True).detach()
@@ -981,7 +980,7 @@ class Average(nn.Module):
 
 
 class Contrast(nn.Module):
-    """A batch of samples y [N, C, H, W] in [0, 1] with brightness and contrast of images, uint8 [M, C, H, W].
+    """Samples y [N, C, H, W] in [0, 1] with the brightness and contrast of images, uint8 [M, C, H, W].
 
     std (y - mean(y)) / std(y) + mean: a mean for each channel, one std for all. A critic with batch norm of
     data and samples apart behind its first convolution cannot see these C + 1 numbers: its generator drifts.
@@ -1025,7 +1024,7 @@ def draw_mixture(centres, std, n, rng):
 
 
 def mode_masses(y, centres, std):
-    """The share of the samples y [N, D] within 3 std of a mode and nearest to it: [modes]; of NaN, none."""
+    """The share of the samples y [N, D] within 3 std of a mode and nearest to it: [modes]; NaN has none."""
     distance, mode = torch.cdist(y.nan_to_num(torch.inf), centres).min(1)
     return torch.bincount(mode[distance < 3 * std], minlength=len(centres)).double() / len(y)
 
@@ -1036,12 +1035,12 @@ def draw_images(images, n, rng):
 
 
 def copy_batch(images, rng, x):
-    """Put images, uint8 [N, C, H, W], drawn by rng, on the CPU, into x [n, C, H, W], a captured input.
+    """Fill x [n, C, H, W], an input of a captured update, with images, uint8 [N, C, H, W]; rng is on the CPU.
 
     Images of a mapped file are gathered while the GPU is at work.
     """
     index = torch.randint(len(images), (len(x),), generator=rng)
-    if images.is_cuda:                  # from pinned memory, as any other copy waits for the GPU
+    if images.is_cuda:                  # a copy from other than pinned memory waits for the GPU
         torch.index_select(images, 0, index.pin_memory().to(x.device, non_blocking=True), out=x)
     else:
         x.copy_(take(images, index).pin_memory() if x.is_cuda else take(images, index), non_blocking=True)
@@ -1054,7 +1053,7 @@ def flip_images(x, rng):
 
 
 def crop_images(x, side, rng=None):
-    """A square of that side anywhere in each of the images [n, C, H, W], without rng always the same."""
+    """A square of that side somewhere in each of the images [n, C, H, W], without rng at fixed places."""
     n, _, height, width = x.shape
     rng = rng or torch.Generator().manual_seed(0)       # on the CPU: the same wherever x is
     top, left = (torch.randint(m - side + 1, (n, 1), generator=rng, device=rng.device).to(x.device)
@@ -1075,7 +1074,7 @@ def take(x, index):
 
 
 def progress(what, parts, total, size=len):
-    """Yield parts and say every five seconds, later less often, how many are done, and the time left."""
+    """Yield the parts; every five seconds, later less often, print how many are done and the time left."""
     done, began, said = 0, time.perf_counter(), time.perf_counter()
     for part in parts:
         yield part
@@ -1110,7 +1109,7 @@ def load_images(name, split, folder):
 
 @contextmanager
 def building(path):
-    """Whether a file is not there, and to be built in the block, while other commands wait for its folder."""
+    """Whether the caller has to build a file, in the block; other commands that would build there wait."""
     if os.path.exists(path):
         yield False
         return
@@ -1152,7 +1151,7 @@ def open_image(path):
 
 
 def image_files(folder):
-    """The image files in a folder and below, sorted, not hidden ones; links are followed, not in circles."""
+    """The image files in a folder and below, sorted, but hidden ones; each real folder is visited once."""
     files, seen, ends = [], set(), (*IMG_EXTENSIONS, ".gif", ".avif")
     for at, below, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(at)) in seen:
@@ -1180,7 +1179,7 @@ def squares(files, side):
 def load_folder(path, folder, side, split=None):
     """The images below a folder as the array PATH, uint8 [N, 3, side, side], mapped; built once.
 
-    split: from the list of image files to those that are wanted. Images that cannot be read are left out and
+    split: takes the list of image files and returns those wanted. Images that cannot be read are left out and
     named. Of several processes the first one builds, the others wait. Raises OSError or ValueError.
     """
     if ranks()[0] == 0:
@@ -1217,7 +1216,7 @@ def build_array(path, folder, files, side):
 
 
 def fingerprint(images):
-    """What a checkpoint knows its images, uint8 [N, C, H, W], by: N, and a sum over a thousand of them."""
+    """A checkpoint's record of its images, uint8 [N, C, H, W]: N, and a sum over a thousand of them."""
     return [len(images), int(images[::max(1, len(images) // 1_000)].sum())]
 
 
@@ -1268,7 +1267,7 @@ def first_line(error):
 
 
 class RunError(RuntimeError):
-    """What ends one run and not those beside it: a mean that is not finite, a feature network that fails."""
+    """An error that ends one run and no other: a mean that is not finite, a feature network that fails."""
 
 
 def tf_resize(x, size):
@@ -1304,8 +1303,8 @@ class FidInception(nn.Module):
     """The Inception network of FID and of the Inception score, by its state dict in torchvision's keys.
 
     uint8 images [N, 3, H, W] to features [N, 2048] and to logits without bias [N, 1008]. It is torchvision's
-    with averages that leave the padding out (Mixed_5b to 5d, 6b to 6e, 7b) and a maximum for one of them
-    (Mixed_7c), as TensorFlow's of 2015-12-05 has it (pytorch-fid, inception.py).
+    with two changes: mean pooling does not count the padding, and Mixed_7c has max pooling, as TensorFlow's
+    network of 2015-12-05 (pytorch-fid, inception.py).
     """
 
     class Tracer(torch.fx.Tracer):
@@ -1374,7 +1373,7 @@ class Features:
 def load_features(path, device):
     """The Features of a file: weights of FID's network (.pth), or a torch.export file (.pt2).
 
-    path None: FID's network, fetched. None where it cannot be, and in processes but the first, which scores.
+    path None: FID's network, fetched. None where it cannot be, and on all ranks but 0, which scores.
     """
     path = path and os.fspath(path)
     file = path or f"{torch.hub.get_dir()}/checkpoints/{os.path.basename(INCEPTION)}"
@@ -1495,7 +1494,7 @@ def torchrun():
 def join(device):
     """Join the processes that torchrun has started, if it has started several, before setup().
 
-    device: of --device. Each takes a GPU of its own, or all the CPU, and has other noise and other data;
+    device: of --device. Each rank has a GPU of its own, or all share the CPU; noise and data are its own;
     descend() takes the mean of their gradients (Scaled MMD, section 4). The first alone prints and writes.
     """
     if not torchrun():
@@ -1540,11 +1539,11 @@ def optimizer(network, opt, lr, beta):
 def descend(*players):
     """One step of each (optimizer, loss), every gradient taken before any step (GRAM, Algorithm 1).
 
-    A loss is a scalar, or a stack's, [B], whose members do not meet. Of several processes that torchrun has
-    started the gradients are averaged: a step is the same in all.
+    A loss is a scalar, or [B] of a stack of independent models. Gradients are averaged over the processes
+    that torchrun has started, so that their steps are the same.
     """
     weights = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer, _ in players]
-    last = len(players) - 1             # a compiled backward pass may be the last one only
+    last = len(players) - 1             # torch.compile does not allow it
     gradients = [torch.autograd.grad(loss.sum(), w, retain_graph=i < last)
                  for i, ((_, loss), w) in enumerate(zip(players, weights))]
     for (optimizer, _), w, gradient in zip(players, weights, gradients):
@@ -1565,8 +1564,8 @@ class AdaptiveRate:
     x: features [m, D] of training images. step(y), with those of as many new samples,
     tests y against the model of `window` steps before and returns the p-value, None without such a model.
     p > level is a failure; `patience` of them in a row multiply the rates by decay, not below floor. As in
-    mbinkowski/MMD-GAN (gan/utils/scorer.py) a success moves the window on by one, a failure leaves the old
-    model where it is, and a cut keeps the last `patience` models, the present one among them.
+    mbinkowski/MMD-GAN (gan/utils/scorer.py) a success drops the oldest model and adds the present one, a
+    failure changes nothing, and after a cut the last `patience` models remain, the present one among them.
     """
 
     def __init__(self, optimizers, x, decay, window, patience, level, floor):
@@ -1613,7 +1612,7 @@ def capture(update, rng):
         nonlocal calls
         calls += 1
         if calls <= 3:
-            torch.cuda.synchronize()        # tried with nothing beside it
+            torch.cuda.synchronize()        # cuDNN times its algorithms: nothing else may run
             cudnn.benchmark, cudnn.benchmark_limit = True, 0
             update()
             torch.cuda.synchronize()
@@ -1652,16 +1651,16 @@ def compiled(function, wanted):
     return call
 
 
-signals = []                # those that have asked the runs to stop
-FIRST, TIMED = 50, 20       # updates in a run's first turn, and how many of them are timed
-AGREE = 5_000               # ms after which several processes look again whether one was asked to stop
+signals = []                # received: the runs stop at their next yield
+FIRST, TIMED = 50, 20       # updates in a run's first turn, and how many of these, the last ones, are timed
+AGREE = 5_000               # ms after which several processes ask again whether one got a signal
 
 
 @contextmanager
 def catching(training):
-    """The first SIGINT, SIGTERM or SIGHUP in the block goes to `signals`; KeyboardInterrupt but in training.
+    """The first SIGINT, SIGTERM or SIGHUP in the block goes to `signals`; a second one ends the process.
 
-    A second one ends the process at once.
+    In training the runs save then; elsewhere it raises KeyboardInterrupt.
     """
     def note(number, _):
         if signals:
@@ -1688,7 +1687,8 @@ def interleave(runs, command=""):
     """Advance generators {folder: train(...)} in turn, each on a CUDA stream of its own; {folder: result}.
 
     A run yields after each update, is sent whether to save and stop, and returns a dict, which goes to
-    FOLDER/result.json with the command and the milliseconds of one of its first updates, alone on the device.
+    FOLDER/result.json with the command and the milliseconds of an update: a mean over updates 31 to 50, while
+    no other run is active.
     A run that raises RunError or OSError ends alone. After a signal all are sent True, and KeyboardInterrupt
     comes when they have saved. Of several processes the runs come one by one, and all stop at one update.
     """
@@ -1701,7 +1701,7 @@ def interleave(runs, command=""):
 
     def now():
         if cuda:
-            torch.cuda.synchronize()            # also: a stream is about to read what another one has written
+            torch.cuda.synchronize()            # the next stream reads what this one wrote
         return time.perf_counter()
 
     def advance(folder, run):
@@ -1741,7 +1741,7 @@ def interleave(runs, command=""):
                     print(f"{folder}: {error}", flush=True)
                 del active[folder]
                 path = f"{folder}/result.json"
-                if folder not in took and os.path.exists(path):         # a finished run, resumed
+                if folder not in took and os.path.exists(path):         # finished before
                     with suppress(ValueError, AttributeError), open(path) as file:
                         old = json.load(file)
                         if old.get("updates") == results[folder].get("updates"):
@@ -1786,7 +1786,7 @@ def replacing(path):
 
 
 def save_tensors(path, tree):
-    """torch.save() by replacing(); a full disk is an OSError, as it is not by torch.save alone."""
+    """torch.save() by replacing(); by way of memory, as a full disk is to be an OSError."""
     torch.save(tree, buffer := io.BytesIO())
     with replacing(path) as file:
         file.write(buffer.getbuffer())
@@ -1803,7 +1803,7 @@ def unlock(folder):
 
 
 def unlock_all(_):
-    """Hold nothing, in a worker: it would hold what its dead parent held."""
+    """Hold nothing, in a worker, which may outlive its parent."""
     for folder in list(locked):
         unlock(folder)
 
@@ -1859,8 +1859,9 @@ def run_folders(folders, script, resume):
 def save(folder, step, state, settings, check=True):
     """Write FOLDER/checkpoint.pt: a run's step, its settings, and its state.
 
-    state: {name: module, optimizer, torch.Generator or what has a state_dict}; generators of each process.
-    Raises RunError, and the checkpoint before stays, if a weight is not finite; check False: of a stack.
+    state: {name: module, optimizer, torch.Generator or what has a state_dict}; each rank's generators.
+    Raises RunError, and the checkpoint before stays, if a weight is not finite, unless check is False: in a
+    stack some models may diverge.
     """
     weights = (p for s in state.values() if check and isinstance(s, nn.Module) for p in s.parameters())
     if not all(p.isfinite().all() for p in weights):
@@ -1905,7 +1906,7 @@ def load(folder, state, settings, start=0):
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {name} does not fit ({first_line(error)}); see --out") from error
         if isinstance(s, torch.optim.Optimizer):
-            for group in s.param_groups:                # loaded to the CPU, and left there by load_state_dict
+            for group in s.param_groups:                # load_state_dict leaves them on the CPU
                 group["lr"] = group["lr"].to(group["params"][0].device)
     print(f"{folder}: goes on at update {step:,}")
     return step
@@ -1915,7 +1916,7 @@ class Log:
     """Means of a run's scalars over intervals: for each a row of FOLDER/log.csv and of the terminal.
 
     columns: names of the scalars that add() takes, which are summed on the device; steps: updates of the run
-    in all; readings: names of what is not a mean, but read off when a row is written.
+    in all; readings: names of values that are computed when a row is written.
     """
 
     def __init__(self, folder, columns, steps, device, readings=()):
@@ -1952,7 +1953,7 @@ class Log:
     def add(self, **values):
         """Take in scalars, by columns; no synchronisation. Of a stack's, [B], the mean of the finite ones."""
         names = tuple(values)
-        if names not in self.given:             # by the first, ordinary updates, and not in a captured one
+        if names not in self.given:             # in uncaptured updates: it copies from the host
             counts = [float(name in names) for name in self.columns]
             self.given[names] = torch.tensor(counts, device=self.zero.device)
         found = [values.get(name, self.zero).detach() for name in self.columns]
@@ -1983,7 +1984,7 @@ class Log:
 
 
 def log_head(columns, steps, device, samples=0, network=None, reference=None):
-    """The head of the rows that Log prints, below what is run: updates, device, and what scores are of."""
+    """Two lines above the rows of Log: updates, device, and what scores are of; the columns."""
     of = "; not scored: the same command with --resume --features FILE does it later" if samples else ""
     of = f"; scores of {samples:,} samples by {network.name} against {reference['name']}" if network else of
     names = "".join(f"{column:>11}" for column in (*columns, "updates/s", "min left"))
@@ -2041,7 +2042,7 @@ def find_row(text, methods, defaults, names):
     """A row of METHODS by NAME+KEY=VALUE...: (its name, with those keys that change it, the row).
 
     methods: {name: what differs from defaults}; names: {key: values}, of keys whose values are names. Tuples
-    by commas, 1 and 0 for True and False; +lr= without +lr_g= is the generator's rate too. Raises ValueError.
+    by commas, 1 and 0 for True and False; +lr= sets both rates unless +lr_g= is given. Raises ValueError.
     """
     def known(what, word, words):
         if word not in words:
@@ -2077,7 +2078,7 @@ def find_row(text, methods, defaults, names):
 def check_row(row, critic, batch_norm=False):
     """Raises ValueError if values of a row do not fit each other.
 
-    critic, batch_norm: whether its networks have a critic, and this in it.
+    critic, batch_norm: whether its networks have a critic, and a critic with batch norm.
     """
     loss, steps = row["loss"], row["critic_steps"]
     held = [key for key in "penalty weights activation autoencoder clip burst".split() if row.get(key)]
@@ -2131,7 +2132,7 @@ def run(main):
         with catching(training=False):
             main()
         if ranks()[1] > 1:
-            gc.collect()            # captured graphs, which hold what is destroyed here
+            gc.collect()            # captured graphs refer to the process group
             distributed.destroy_process_group()
         return
     except KeyboardInterrupt:
@@ -2164,7 +2165,7 @@ def parameters(*networks):
 
 
 def show(name, row, *networks):
-    """Print a row, all of its keys that are not off, and the parameters of generator, critic and decoder."""
+    """Print a row, its keys that are on, and the parameters of generator, critic and decoder."""
     keys = " ".join(f"{key}={written(value)}" for key, value in row.items() if value not in (0, "", ()))
     counts = ", ".join(f"{what} {n:,}" for what, n in parameters(*networks).items())
     print(f"{name}: {keys}; parameters: {counts}", flush=True)
@@ -2250,7 +2251,7 @@ LOGARITHMIC = ("fd", "mean_r", "condition", "spread")       # others can be nega
 
 
 def curves_figure(finished, panels):
-    """Panels, pairs (column, over), of what finished runs have logged: a line a seed, all alike of a method.
+    """Panels, pairs (column, over), of what finished runs have logged: a line a seed, a colour a method.
 
     finished: pairs of a Run and its result; columns of TITLES; over: "update", or "second" of a run alone.
     """
@@ -2299,7 +2300,7 @@ def singular_figure(finished):
     for run, _ in reversed(finished):
         paths = glob.glob(f"{glob.escape(run.folder)}/singular-*.npz")
         kept[run.name] = {int(path.rpartition("-")[2][:-4]): [v for v in np.load(path).values() if len(v) > 1]
-                          for path in paths}                # but for a layer of one output
+                          for path in paths}                # one output has one value
     depth = max((len(layers) for steps in kept.values() for layers in steps.values()), default=0)
     if not depth:
         raise ValueError("--figure singular: found no critic, expected rows that have one")
