@@ -3,6 +3,7 @@
     python mnist.py                                     GRAM, Figure 8: 16 minutes on a CPU core
     python mnist.py --table demystifying                Table 3 of Demystifying MMD GANs: 8 minutes on an H200
     python mnist.py --figure gcmmd                      Figure 6 of Scaled MMD: 9 minutes on an H200
+    python mnist.py --figure collapse                   when critics meet their slope by noise: 5 minutes, CPU
     python mnist.py --method gamn wgan-gp gmmn+lr=2e-3  side by side; a row with other keys, see DEFAULTS
 
 Expect digits from gram by update 3,000, and a Frechet distance of 60 to 360 at the end, by a LeNet that is
@@ -11,6 +12,7 @@ A run goes to runs/mnist-METHOD-sSEED/: samples-UPDATE.png (data above samples),
 log.csv, checkpoint.pt, result.json; the curves of all runs of a command are runs/mnist-curves.png.
 """
 import hashlib
+import math
 import os
 from functools import partial
 
@@ -116,7 +118,13 @@ TABLES = {"demystifying": (100_000, 20_000, {
     "mmd-dist": "9.13, 6.179, .005", "cramer": "9.25, 3.385, .006",
     "wgan-gp+nets=dcgan16+decay=0.5+batch=64": "9.12, 6.915, .009"})}
 PAPER = {name: text for _, _, rows in TABLES.values() for name, text in rows.items()}
-FIGURES = {"gcmmd": dict(method=["smmd", "sn-smmd", "gcmmd", "sn-gcmmd"], steps=20_000)}   # Figure 6
+FIGURES = {"gcmmd": dict(method=["smmd", "sn-smmd", "gcmmd", "sn-gcmmd"], steps=20_000),    # Figure 6
+           "collapse": {}}
+COLLAPSE = dict(            # ours: critics alone, with an activation penalty of 0 and of 1
+    rows=("mmd-rbf", "mmd-dot", "mmd-dist+penalty=1", "mmd-rqdot"), hidden=128, lr=1e-3,
+    outputs=(1, 2, 4, 16, 64), batch=64,    # of one output all batches, of more outputs this batch
+    updates={16: 400, 64: 400, 256: 100, 1_024: 20},    # at a batch; it goes on from the smaller ones
+    points=64, draws=200)                   # where the slope is measured, and with how many batches
 CURVES = {"all": [(name, "update") for name in ("fd", "kid", "isc", "loss_g")],     # Demystifying's Figure 2
           "gcmmd": [(name, "update") for name in ("loss_g", "kid")]}
 CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
@@ -428,6 +436,78 @@ def figure_8(folder, result):
     return figure
 
 
+def noise_floor(k):
+    """The least E (|s| - 1)^2 of all multiples of a normal vector s in k dimensions: 1 - (E chi_k)^2 / k."""
+    return 1 - 2 / k * math.exp(2 * (math.lgamma((k + 1) / 2) - math.lgamma(k / 2)))
+
+
+def noise_dimension(slopes):
+    """(tr C)^2 / tr C^2, C the second moments of slopes [R, P, D] over R draws: its mean over P points."""
+    s = slopes.double().transpose(0, 1)
+    G = (s @ s.mT).masked_fill(torch.eye(len(slopes), dtype=bool, device=s.device), 0)  # no draw with itself
+    size = s.square().sum(-1)
+    return ((size.sum(1) ** 2 - size.square().sum(1)) / G.square().sum((1, 2))).mean()
+
+
+@torch.no_grad()
+def witness_slopes(f, kernel, t, draws):
+    """The witness's slopes at images t [P, ...], [R, P, D], of R draws: pairs of data and samples."""
+    (h_t, back), slopes = common.pullback(f, t), []
+    for x, y in draws:
+        h_x, h_y = common.both(f, x, y)
+        u = torch.func.grad(lambda h: common.witness(kernel, h, h_x, h_y).sum())(h_t)
+        slopes.append(back(u, slice(None)).flatten(1))
+    return torch.stack(slopes)
+
+
+def figure_collapse(images):
+    """The gradient penalty of critics alone whose samples have the law of the data: the witness is noise."""
+    own, device, found = COLLAPSE, images.device, []
+    rng, outputs = torch.Generator(device).manual_seed(0), own["outputs"]
+
+    def draw(n):
+        return common.draw_images(images, n, rng) / 255
+
+    kinds = [(name, on, K) for name in own["rows"] for on in (0, 1) for K in outputs]
+    for name, on, K in common.progress("critics", kinds, len(kinds), lambda _: 1):
+        torch.manual_seed(0)
+        f = common.Layers(nn.Flatten(), nn.Linear(784, own["hidden"]), nn.LeakyReLU(0.2),
+                          nn.Linear(own["hidden"], K)).to(device)
+        for n in own["updates"] if K == 1 else [own["batch"]]:
+            _, row = common.find_row(f"{name}+activation={on}+batch={n}", METHODS, DEFAULTS, NAMES)
+            kernel, opt = kernels(device)[row["kernel"]], common.optimizer(f, "adam", own["lr"], row["beta"])
+            for _ in range(own["updates"][n]):
+                a = torch.rand(n, 1, 1, 1, generator=rng, device=device)
+                common.descend((opt, critic_loss(row, f, None, kernel, draw(n), draw(n), a)))
+            draws = ((draw(n), draw(n)) for _ in range(own["draws"]))
+            slopes = witness_slopes(f, kernel, draw(own["points"]), draws)
+            penalty, k = common.gradient_penalty(slopes).mean(1), float(noise_dimension(slopes))
+            mean, error = float(penalty.mean()), float(penalty.std()) / len(penalty) ** 0.5
+            found.append((row["kernel"] + on * " + activation", n, K, k, mean, error))
+    head = "kernel, batch, outputs K, floor of K, dimension k, floor of k, penalty".split(", ")
+    print(common.table(head, [[kind, f"{n:,}", str(K), f"{noise_floor(K):.3f}", f"{k:.2f}",
+                               f"{noise_floor(k):.3f}", f"{mean:.3f} ± {error:.3f}"]
+                              for kind, n, K, k, mean, error in found]))
+
+    figure, line = common.Figure((14, 5), layout="constrained"), np.geomspace(0.9, max(outputs))
+    panels = figure.subplots(1, 3, sharey=True)
+    for i, kind in enumerate(dict.fromkeys(row[0] for row in found)):
+        n, K, k, mean, error = np.array([row[1:] for row in found if row[0] == kind]).T
+        for axes, x, part in zip(panels, (n, K, k), (K == 1, n == own["batch"], K > 0)):
+            style = "" if axes is panels[2] else "-:"[i % 2]
+            axes.errorbar(x[part], mean[part], error[part], label=kind, color=f"C{i // 2}",
+                          marker="o^"[i % 2], markersize=5, linestyle=style)
+    panels[0].axhline(noise_floor(1), color="black")
+    for axes in panels[1:]:
+        axes.plot(line, [noise_floor(k) for k in line], color="black", label="floor")
+    for axes, label in zip(panels, ("batch, with one output", f"outputs, with a batch of {own['batch']}",
+                                    "dimension of the slope's noise, as measured")):
+        axes.set(xlabel=label, xscale="log", ylim=(0, 1.1))
+    panels[0].set_ylabel("gradient penalty")
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=5)
+    return figure
+
+
 def main(argv=None):
     parser = common.flags(__doc__, METHODS, "gram", STEPS, "a LeNet, trained once")
     parser.add_argument("--table", choices=TABLES, help="a paper's rows and numbers; finished runs are kept")
@@ -441,6 +521,9 @@ def main(argv=None):
     device = common.setup(args.device)
     samples = args.samples or samples or SAMPLES[device.type]
     images = common.load_images("mnist", "train", args.data).to(device)
+    if args.figure == "collapse":
+        torch.set_num_threads(1)        # the critics are too small to share between cores
+        return common.save_figure(f"{args.out}/mnist-figurecollapse.png", figure_collapse(images))
     common.load_images("mnist", "test", args.data)
     network = common.load_features(args.features, device) if args.features else load_lenet(args.data, device)
     reference = common.load_reference(f"{args.data}/mnist-test.npy", network)
