@@ -3,7 +3,7 @@
     python mnist.py                                     GRAM, Figure 8: 16 minutes on a CPU core
     python mnist.py --table demystifying                Table 3 of Demystifying MMD GANs: 8 minutes on an H200
     python mnist.py --figure gcmmd                      Figure 6 of Scaled MMD: 9 minutes on an H200
-    python mnist.py --figure collapse                   when critics meet their slope by noise: 5 minutes, CPU
+    python mnist.py --figure collapse                   when critics meet their slope by noise: 6 minutes, CPU
     python mnist.py --method gamn wgan-gp gmmn+lr=2e-3  side by side; a row with other keys, see DEFAULTS
 
 Expect digits from gram by update 3,000, and a Frechet distance of 60 to 360 at the end, by a LeNet that is
@@ -123,8 +123,8 @@ FIGURES = {"gcmmd": dict(method=["smmd", "sn-smmd", "gcmmd", "sn-gcmmd"], steps=
 COLLAPSE = dict(            # ours: critics alone, with an activation penalty of 0 and of 1
     rows=("mmd-rbf", "mmd-dot", "mmd-dist+penalty=1", "mmd-rqdot"), hidden=128, lr=1e-3,
     outputs=(1, 2, 4, 16, 64), batch=64,    # of one output all batches, of more outputs this batch
-    updates={16: 400, 64: 400, 256: 100, 1_024: 20},    # at a batch; it goes on from the smaller ones
-    points=64, draws=200)                   # where the slope is measured, and with how many batches
+    updates={16: 400, 64: 300, 256: 100, 1_024: 40},    # at a batch; it goes on from the smaller ones
+    points=64, draws=100)                   # where the slope is measured, and with how many batches
 CURVES = {"all": [(name, "update") for name in ("fd", "kid", "isc", "loss_g")],     # Demystifying's Figure 2
           "gcmmd": [(name, "update") for name in ("loss_g", "kid")]}
 CONSTANTS = {k: v for k, v in globals().items() if k.isupper() and isinstance(v, (int, float, tuple))}
@@ -489,7 +489,7 @@ def figure_collapse(images):
                                f"{noise_floor(k):.3f}", f"{mean:.3f} ± {error:.3f}"]
                               for kind, n, K, k, mean, error in found]))
 
-    figure, line = common.Figure((14, 5), layout="constrained"), np.geomspace(0.9, max(outputs))
+    figure = common.Figure((14, 5), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     for i, kind in enumerate(dict.fromkeys(row[0] for row in found)):
         n, K, k, mean, error = np.array([row[1:] for row in found if row[0] == kind]).T
@@ -498,11 +498,13 @@ def figure_collapse(images):
             axes.errorbar(x[part], mean[part], error[part], label=kind, color=f"C{i // 2}",
                           marker="o^"[i % 2], markersize=5, linestyle=style)
     panels[0].axhline(noise_floor(1), color="black")
-    for axes in panels[1:]:
+    for axes, top in zip(panels[1:], (max(outputs), max(row[3] for row in found))):
+        line = np.geomspace(0.9, top)
         axes.plot(line, [noise_floor(k) for k in line], color="black", label="floor")
     for axes, label in zip(panels, ("batch, with one output", f"outputs, with a batch of {own['batch']}",
                                     "dimension of the slope's noise, as measured")):
-        axes.set(xlabel=label, xscale="log", ylim=(0, 1.1))
+        axes.set_xscale("linear" if axes is panels[2] else "log")
+        axes.set(xlabel=label, ylim=(0, 1.1))
     panels[0].set_ylabel("gradient penalty")
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", fontsize=8, ncols=5)
     return figure
