@@ -5,7 +5,7 @@
     python ring2d.py --method gram+ridge=1e-2 gan+std=0.01      rows with other values of keys, see DEFAULTS
     python ring2d.py --figure 2             Figures 2 and 7 of GRAM: 144 runs, 8 minutes on an H200
     python ring2d.py --figure gamn          Figure 1 and Table 1 of GAMN: 45 runs, 4 minutes on an H200
-    python ring2d.py --figure k             appendix B.3 of GRAM, 2 to 16 outputs: 25 minutes on a CPU
+    python ring2d.py --figure k             appendix B.3 of GRAM, 2 to 16 outputs: 30 minutes on a CPU
     python ring2d.py --figure ratio         does a critic preserve density ratios? 7 minutes on a CPU
     python ring2d.py --figure gradients     which gradients are unbiased? Demystifying MMD GANs: 1 minute
     python ring2d.py --figure dirac         Figure 1 of Scaled MMD: 20 seconds on a CPU; gaussians: 4 and 5
