@@ -126,9 +126,10 @@ RATIO_AT = (0, 10, 30, 100, 300)
 RATIO_POINTS, NEAREST = 2_000, 60
 RATIO_N, RATIO_RIDGES = (50, 100, 200, 400, 800), (1e-3, 1e-2, 0.1, 1.0)
 # Figure "gradients": Demystifying MMD GANs, section 3, appendices B.4, B.5 and D.1
-RBF, ALPHA = (torch.tensor(v, dtype=torch.float64) for v in ((2, 5, 10, 20, 40, 80), (0.2, 0.5, 1, 2, 5)))
-KERNELS = {"rbf": partial(common.gaussian, sigma=RBF), "dot": common.dot, "distance": common.distance,
-           "rational quadratic": partial(common.rational_quadratic, alpha=ALPHA)}       # its section 5
+RBF, ALPHA = (2, 5, 10, 20, 40, 80), (0.2, 0.5, 1, 2, 5)            # its section 5
+KERNELS = {"rbf": partial(common.gaussian, sigma=torch.tensor(RBF, dtype=torch.float64)), "dot": common.dot,
+           "distance": common.distance, "rational quadratic":
+               partial(common.rational_quadratic, alpha=torch.tensor(ALPHA, dtype=torch.float64))}
 WHOLE = 200                         # ours: p is so many points and q as many samples; their MMD is exact
 SIZES = (2, 4, 8, 16, 32, 64)       # of minibatches, of critics' training sets, of samples to be scored
 DRAWN, GROUPS = 2 ** 17, 256        # points drawn for a mean, in groups, whose scatter is its standard error
