@@ -518,6 +518,20 @@ def train(name, row, seed, folder, steps, device, images, network=None, referenc
                 parameters=common.parameters(g, f, decoder), **common.machine(device))
 
 
+def samples_figure(finished):
+    """64 samples of each run under its name; finished: as in common.curves_figure."""
+    columns = min(len(finished), 4)
+    rows = math.ceil(len(finished) / columns)
+    figure = common.Figure(figsize=(3 * columns, 3.2 * rows), layout="constrained")
+    for place, (run, _) in enumerate(finished, 1):
+        grid = torchvision.utils.make_grid(common.read_images(f"{run.folder}/samples.npy")[:64], 8, padding=1)
+        axes = figure.add_subplot(rows, columns, place)
+        axes.imshow(grid.permute(1, 2, 0).numpy())
+        axes.set_title(f"{run.name}, seed {run.seed}", fontsize=9)
+        axes.axis("off")
+    return figure
+
+
 def sweep_figure(finished, sweeps):
     """Frechet distances over a number that rows vary (GRAM, Figure 5): lines through the means over seeds."""
     figure = common.Figure(figsize=(5 * len(sweeps), 3.5), layout="constrained")
@@ -729,8 +743,8 @@ def main(argv=None):
                                                    chosen["every"]) for run in runs}, common.command(argv))
     if args.table == "gamn":            # its Table 2 has the best score during training
         for folder, result in results.items():
-            seen = common.read_log(folder)["isc"] if "isc" in result else [math.nan]
-            result |= dict(isc_best=float(np.nanmax(seen))) if np.isfinite(seen).any() else {}
+            if "isc" in result:
+                result["isc_best"] = float(np.nanmax([result["isc"], *common.read_log(folder)["isc"]]))
     print(f"\n{common.score_table(runs, results, PAPER)}\n")
 
     finished = [(run, results[run.folder]) for run in runs if "failed" not in results[run.folder]]
@@ -741,9 +755,10 @@ def main(argv=None):
         common.save_figure(picture, common.curves_figure(finished, CURVES[args.figure]))
     if args.figure in SWEEPS:
         common.save_figure(picture, sweep_figure(finished, SWEEPS[args.figure]))
-    if args.figure in ("singular", "samples"):
-        draw_figure = dict(singular=common.singular_figure, samples=common.samples_figure)[args.figure]
-        common.save_figure(picture, draw_figure(finished))
+    if args.figure == "singular":
+        common.save_figure(picture, common.singular_figure(finished))
+    if args.figure == "samples":
+        common.save_figure(picture, samples_figure(finished))
     if args.figure == "neighbours":
         shown = common.read_images(f"{finished[0][0].folder}/samples.npy")[:20]
         common.save_figure(picture, neighbours_figure(shown, images, network))

@@ -1561,11 +1561,11 @@ def rates(*optimizers):
 class AdaptiveRate:
     """Learning rates that fall when a model gets no nearer to the data (Binkowski et al. 2018, section 4.1).
 
-    x: features [m, D] of training images. step(y), with those of as many new samples,
-    tests y against the model of `window` steps before and returns the p-value, None without such a model.
-    p > level is a failure; `patience` of them in a row multiply the rates by decay, not below floor. As in
-    mbinkowski/MMD-GAN (gan/utils/scorer.py) a success drops the oldest model and adds the present one, a
-    failure changes nothing, and after a cut the last `patience` models remain, the present one among them.
+    x: features [m, D] of training images. step(y), with those of as many new samples, tests y against the
+    model of `window` steps before and returns the p-value, None without such a model. p > level is a failure;
+    `patience` of them in a row multiply the rates by decay, not below floor. As in mbinkowski/MMD-GAN
+    (gan/utils/scorer.py) a success drops the oldest model and adds the present one, a failure changes
+    nothing, and after a cut the last `patience` models remain, the present one among them.
     """
 
     def __init__(self, optimizers, x, decay, window, patience, level, floor):
@@ -1688,9 +1688,9 @@ def interleave(runs, command=""):
 
     A run yields after each update, is sent whether to save and stop, and returns a dict, which goes to
     FOLDER/result.json with the command and the milliseconds of an update: a mean over updates 31 to 50, while
-    no other run is active.
-    A run that raises RunError or OSError ends alone. After a signal all are sent True, and KeyboardInterrupt
-    comes when they have saved. Of several processes the runs come one by one, and all stop at one update.
+    no other run is active. A run that raises RunError or OSError ends alone. After a signal all are sent
+    True, and KeyboardInterrupt comes when they have saved. Of several processes the runs come one by one, and
+    all stop at one update.
     """
     several, cuda = ranks()[1] > 1, torch.cuda.is_initialized()
     there = "cuda" if cuda else "cpu"
@@ -2274,20 +2274,6 @@ def curves_figure(finished, panels):
         axes.set_xlabel(over, fontsize=8)
         axes.tick_params(labelsize=7, which="both")
     figure.legend(labels.values(), labels, loc="outside lower center", fontsize=8, ncols=3 * columns)
-    return figure
-
-
-def samples_figure(finished):
-    """64 samples of each run under its name; finished: as in curves_figure."""
-    columns = min(len(finished), 4)
-    rows = math.ceil(len(finished) / columns)
-    figure = Figure(figsize=(3 * columns, 3.2 * rows), layout="constrained")
-    for place, (run, _) in enumerate(finished, 1):
-        grid = torchvision.utils.make_grid(read_images(f"{run.folder}/samples.npy")[:64], 8, padding=1)
-        axes = figure.add_subplot(rows, columns, place)
-        axes.imshow(grid.permute(1, 2, 0).numpy())
-        axes.set_title(f"{run.name}, seed {run.seed}", fontsize=9)
-        axes.axis("off")
     return figure
 
 

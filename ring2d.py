@@ -574,7 +574,8 @@ def figure_ratio(rows, seeds, steps):
         torch.manual_seed(0)
         seen = [law.sample([RATIO_POINTS]) for law in (p, q)]
         r, space = (p.log_prob(seen[1]) - q.log_prob(seen[1])).exp().double(), None
-        for (kind, hidden), row_name in itertools.product(RATIO_CRITICS.items(), rows):
+        for (axes, (kind, hidden)), row_name in itertools.product(zip(column[1:], RATIO_CRITICS.items()),
+                                                                  rows):
             shares = []
             for seed in seeds:
                 torch.manual_seed(seed)
@@ -584,7 +585,6 @@ def figure_ratio(rows, seeds, steps):
                 space = space or [h[two, :, :2] for h in found[steps]]
             shares = np.mean(shares, 0)                     # [updates, outputs]
             print(f"{name:<36}{kind:<8}{row_name:<18}", *(f"{share:.2f}" for share in shares[-1]), flush=True)
-            axes = column[1 + list(RATIO_CRITICS).index(kind)]
             axes.semilogx(RATIO_K, shares[-1], ".-")
             axes.set(xlabel=f"outputs of {kind} critics, {steps:,} updates", ylim=(0, 1.02))
             axes.set_xticks(RATIO_K, RATIO_K)
@@ -727,18 +727,21 @@ def figure_gradients():
 
 def figure_dirac():
     """Scaled MMD, Figure 1 and section 2: P at 0, Q at theta, f(x) = psi x; Q descends, f ascends."""
-    def losses(theta, psi):         # what Q minimises and the critic maximises, a pair for each panel
+    def losses(kind, theta, psi):           # what Q minimises, and what the critic maximises
         squared = common.mmd2(*common.gram(unit, 0 * theta[..., None, None], (psi * theta)[..., None, None]))
-        scaled = common.smmd2(squared, psi[..., None, None, None], 1.0, SCALED_LAMBDA + 1)
+        if kind == "MMD":
+            return squared, squared
+        if kind == "SMMD":
+            scaled = common.smmd2(squared, psi[..., None, None, None], 1.0, SCALED_LAMBDA + 1)
+            return scaled, scaled
         t = DIRAC_BETWEEN * theta[..., None]                        # and the slope of the witness there
         p, q = ((-(psi[..., None] * w) ** 2 / 2).exp() * w * -psi[..., None] ** 2
                 for w in (t, t - theta[..., None]))
-        penalty = common.gradient_penalty((p - q)[..., None]).mean(-1)
-        return (squared, squared), (squared, squared - penalty), (scaled, scaled)
+        return squared, squared - common.gradient_penalty((p - q)[..., None]).mean(-1)
 
-    def field(i, theta, psi):
+    def field(kind, theta, psi):
         theta, psi = theta.detach().requires_grad_(), psi.detach().requires_grad_()
-        for_q, for_critic = losses(theta, psi)[i]
+        for_q, for_critic = losses(kind, theta, psi)
         return (-torch.autograd.grad(for_q.sum(), theta, retain_graph=True)[0],
                 torch.autograd.grad(for_critic.sum(), psi)[0])
 
@@ -747,37 +750,38 @@ def figure_dirac():
     theta, psi = torch.meshgrid(axis(-4, 4, 25), axis(-4, 4, 25), indexing="xy")
     starts = torch.tensor([[1.0, 0.5], [-3.0, 0.3], [3.0, 3.0]], dtype=torch.float64)     # at C MMD is flat
     fields, (critics, weak, sharp) = figure.subplots(2, 3)
-    for i, (axes, name) in enumerate(zip(fields, ("MMD$^2$", "MMD$^2$, additive penalty",
-                                                  f"SMMD$^2$, $\\lambda$ = {SCALED_LAMBDA}"))):
-        u, v = field(i, theta, psi)
+    titles = {"MMD": "MMD$^2$", "MMD with a penalty": "MMD$^2$, additive penalty",
+              "SMMD": f"SMMD$^2$, $\\lambda$ = {SCALED_LAMBDA}"}
+    for axes, (kind, title) in zip(fields, titles.items()):
+        u, v = field(kind, theta, psi)
         size = (u.square() + v.square()).sqrt().clamp(min=1e-12)
         arrows = axes.quiver(theta, psi, u / size, v / size, size.log10(), scale=35, width=0.003)
         figure.colorbar(arrows, ax=axes, label="log10 of the length", shrink=0.8)
         path = [starts]
         for _ in range(DIRAC_STEPS):
-            path.append(path[-1] + DIRAC_RATE * torch.stack(field(i, *path[-1].T), 1))
+            path.append(path[-1] + DIRAC_RATE * torch.stack(field(kind, *path[-1].T), 1))
         for label, curve in zip("ABC", torch.stack(path, 1)):       # [time, 2] each
             axes.plot(*curve.T, "r-", linewidth=1.2)
             axes.plot(*curve[0], "ro", markersize=4)
             axes.annotate(label, tuple(curve[0]), xytext=(4, 4), textcoords="offset points", color="red")
-            print(f"{('MMD', 'MMD with a penalty', 'SMMD')[i]}, from {label} = ({curve[0][0]:.1f}, "
-                  f"{curve[0][1]:.1f}): theta {curve[-1][0]:.2g}, psi {curve[-1][1]:.2g} after "
-                  f"{DIRAC_STEPS:,} steps of {DIRAC_RATE}")
-        axes.set(title=name, xlabel="$\\theta$", ylabel="$\\psi$", xlim=(-4.2, 4.2), ylim=(-4.2, 4.2))
+            print(f"{kind}, from {label} = ({curve[0][0]:.1f}, {curve[0][1]:.1f}): theta {curve[-1][0]:.2g}, "
+                  f"psi {curve[-1][1]:.2g} after {DIRAC_STEPS:,} steps of {DIRAC_RATE}")
+        axes.set(title=title, xlabel="$\\theta$", ylabel="$\\psi$", xlim=(-4.2, 4.2), ylim=(-4.2, 4.2))
     t, grid = axis(-5, 25, 1_501)[:, None], axis(0.01, 10, 1_000)
     far = torch.full((1, 1), 20.0, dtype=torch.float64)
-    best = float(grid[losses(far[0].expand(len(grid)), grid)[2][0].argmax()])
+    best = float(grid[losses("SMMD", far[0].expand(len(grid)), grid)[0].argmax()])
     for psi, name in ((10.0, "MMD, $\\psi$ = 10"), (1.0, "MMD, $\\psi$ = 1 (spectral norm 1)"),
                       (best, f"SMMD, its best $\\psi$ = {best:.2f}")):
         norm = common.mmd2(*common.gram(unit, 0 * far, psi * far)).sqrt()
         critics.plot(t, common.witness(unit, psi * t, 0 * far, psi * far) / norm, label=name)
     critics.set(title="critics of norm 1 at $\\theta$ = 20", xlabel="x")
     n, psi = torch.logspace(0, 4, 41, dtype=torch.float64), torch.logspace(-3, 6, 901, dtype=torch.float64)
-    pairs = losses((1 / n)[:, None].expand(-1, len(psi)), psi.expand(len(n), -1))
+    at = (1 / n)[:, None].expand(-1, len(psi)), psi.expand(len(n), -1)
     h = (psi / n[:, None])[..., None, None]                         # of Q; P is at 0, where mu is
     J = psi.view(-1, 1, 1, 1).expand(len(n), -1, 1, 1, 1)
     exact, _ = common.gradient_constrained_mmd2(0 * h, h, 0 * h, J, SCALED_LAMBDA)
-    for name, squared in (("MMD", pairs[0][0]), ("SMMD", pairs[2][0]), ("gradient-constrained MMD", exact)):
+    for name, squared in (("MMD", losses("MMD", *at)[0]), ("SMMD", losses("SMMD", *at)[0]),
+                          ("gradient-constrained MMD", exact)):
         values, i = squared.clamp(min=0).sqrt().max(1)
         weak.loglog(n, values, label=f"{name}, its best $\\psi$")
         sharp.loglog(n, psi[i], label=name)
@@ -908,13 +912,15 @@ def main(argv=None):
         for run, result in finished:
             figure_1(run, result)
             animate(run)
-    else:
-        text = (figure_2(finished) if args.figure == "2" else
-                (figure_k if args.figure == "k" else figure_gamn)(finished, f"{out}.png"))
-        print(text)
-        made = f"{common.command(argv)}\n{', '.join(common.machine(device).values())}"
-        with common.replacing(f"{out}.md") as file:
-            file.write(f"{made}\n\n{text}\n".encode(errors="backslashreplace"))
+        return
+    match args.figure:
+        case "2": text = figure_2(finished)
+        case "k": text = figure_k(finished, f"{out}.png")
+        case "gamn": text = figure_gamn(finished, f"{out}.png")
+    print(text)
+    made = f"{common.command(argv)}\n{', '.join(common.machine(device).values())}"
+    with common.replacing(f"{out}.md") as file:
+        file.write(f"{made}\n\n{text}\n".encode(errors="backslashreplace"))
 
 
 if __name__ == "__main__":
